@@ -1,0 +1,544 @@
+"""Images of single cells: reading three kinds of data sets, augmentation, batches, statistics and integrity check.
+
+    python datasets.py --data data/bm              # counts, sizes, channel mean and std, unreadable files, duplicates
+    python datasets.py --data data/bm data/cd data/pcam
+
+A data set is one folder: PatchCamelyon's HDF5 files, a COCO detection set (each box becomes one image), or a folder
+of class folders. To copy this file into another project is enough to use open_dataset, Batches and loader there.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import warnings
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+# class order of Table 5; other data sets are in alphabetical order
+BM_CLASSES = ("NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC").split()
+PAPER = {  # Tables 1 and 2: images, classes, channel mean, channel std
+    "bm": (171374, 21, (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)),
+    "cd": (48587, 11, (0.7255, 0.7826, 0.8270), (0.2705, 0.2380, 0.1834)),
+    "pcam": (262144, 2, (0.7008, 0.5384, 0.6916), (0.2350, 0.2774, 0.2129)),
+}
+SOURCES = {
+    "bm": "get Bone-Marrow-Cytomorphology_MLL_Helmholtz_Fraunhofer from TCIA (doi.org/10.7937/TCIA.AXH3-T579, 6.8 GB, IBM Aspera) "
+          "and unpack it there",
+    "cd": "get the Comparison Detector data set (github.com/kuku-sichuan/ComparisonDetector) and unpack it there",
+    "pcam": "get PatchCamelyon's six HDF5 files (github.com/basveeling/pcam) and unpack them there",
+}
+STATISTICS_SIZE = 224  # pixels; means and stds are taken after the resize of section 2.3, whatever --image-size
+CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; the ratio's 1.33 as torchvision's 4/3
+DRAWS = 32  # random numbers that belong to one position of an epoch: 10 crop attempts of 2, place, angle, 2 flips, spare
+WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts as hanging
+
+
+# ---------------------------------------------------------------- images
+def read_image(file):
+    """Decode an image file to uint8 RGB [H,W,3]: grey, palette, alpha, CMYK and 16 bits become 8-bit RGB, turned by EXIF.
+
+    Raises ValueError with one line if it cannot be read. A JPEG cut in half decodes here: check_dataset finds those.
+    """
+    try:
+        data = np.fromfile(file, np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    except (OSError, cv2.error) as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
+    if image is None:
+        raise ValueError(f"{file}: {'not an image that can be decoded' if data.size else 'an empty file'}")
+    return image
+
+
+def resize(image, size, width=None):
+    """Bilinear resize, antialiased on down-scaling, of uint8 [H,W,3] to [size,width or size,3]; aspect ratio not kept."""
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    out = torch.nn.functional.interpolate(planes, (size, width or size), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
+
+
+def uniforms(seed, fold, epoch, first, count):
+    """Random numbers in [0,1), float64 [count, DRAWS], of the positions first, first+1, ... of one epoch's order.
+
+    Counter-based (Philox), so that a position's numbers do not depend on who draws them or together with which others.
+    """
+    bits = np.random.Philox(key=[seed, fold], counter=[first * DRAWS // 4, epoch, 0, 2])
+    return np.random.Generator(bits).random((count, DRAWS))
+
+
+def draw_crop(height, width, draws):
+    """Random resized crop's box (top, left, height, width) in pixels as torchvision draws it, from uniform numbers."""
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for attempt in range(10):
+        area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * draws[2 * attempt])
+        ratio = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1)), h, w
+    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])  # the largest central crop of an allowed ratio
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def warp(image, size, box, angle, flip_x=False, flip_y=False):
+    """Crop uint8 [H,W,3] to box, resize to size, rotate by angle (degrees, counter-clockwise) and flip, in one warp.
+
+    Returns uint8 [size,size,3]; corners that the rotation uncovers are black (section 2.3). Crops larger than size
+    are first shrunk with antialiasing. Four channels, since OpenCV's warp of four takes half the time of three's.
+    """
+    top, left, h, w = box
+    image = image[top:top + h, left:left + w]
+    if h > size or w > size:
+        h, w = min(h, size), min(w, size)
+        image = resize(image, h, w)
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    fx, fy = (-1 if flip_x else 1), (-1 if flip_y else 1)
+    linear = np.array([[cos * fx * w, -sin * fy * w], [sin * fx * h, cos * fy * h]]) / size
+    shift = np.array([(w - 1) / 2, (h - 1) / 2]) - linear.sum(1) * (size - 1) / 2
+    out = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), np.column_stack([linear, shift]), (size, size),
+                         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB)
+
+
+def augment(image, size, draws, crop=True):
+    """The paper's augmentation (2.3) of uint8 [H,W,3] to [size,size,3] from DRAWS uniform numbers; no crop in pre-training."""
+    height, width = image.shape[:2]
+    box = draw_crop(height, width, draws) if crop else (0, 0, height, width)
+    return warp(image, size, box, ROTATION * draws[22], draws[23] < 0.5, draws[24] < 0.5)
+
+
+def normalise(images, mean, std):
+    """uint8 [N,3,H,W] to float32 on the same device: (x/255 - mean) / std per channel."""
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+# ---------------------------------------------------------------- data sets
+class Cells:
+    """A data set's index: classes (list of str), targets (int64 [N]), paths (str array [N], relative to root), notes.
+
+    [i] is image i as uint8 RGB [H,W,3]. Arrays, not lists: reference counts would copy every page into every worker.
+    """
+
+    def __init__(self, root, name, classes, paths, targets, notes=(), read=None):
+        self.root, self.name, self.classes, self.notes = pathlib.Path(root), name, list(classes), list(notes)
+        self.paths, self.targets = np.asarray(paths, dtype=np.str_), np.asarray(targets, np.int64)
+        self.read = read or functools.partial(read_below, str(root))
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.read(str(self.paths[index]))
+
+    def subset(self, indices):
+        """The images at indices (integers or a mask), of the same classes."""
+        return Cells(self.root, self.name, self.classes, self.paths[indices], self.targets[indices], self.notes, self.read)
+
+
+def read_below(root, path):
+    """read_image of root/path."""
+    return read_image(f"{root}/{path}")
+
+
+def open_dataset(path):
+    """Open a folder as Cells: PCam's HDF5 files, COCO detection (*.json), else class folders. SystemExit says what's wrong."""
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        source = SOURCES.get(folder.name, "put the data set there or name its folder with --data")
+        raise SystemExit(f"{folder}: no such folder; {source} (to see it all on synthetic cells: bash run_all.sh --demo)")
+    name = folder.resolve().name
+    try:
+        if any(folder.glob("camelyonpatch_level_2_split_*.h5")):
+            return open_pcam(folder, name)
+        coco = {file: content for file in sorted(folder.glob("*.json")) if (content := read_coco(file))}
+        if coco:
+            return open_classes(*crop_coco(folder, coco), name)
+        return open_classes(folder, [], name)
+    except OSError as error:
+        raise SystemExit(f"{error.filename or folder}: {error.strerror or error}; make it readable (and writable, for"
+                         " the crops of a COCO set)") from None
+
+
+def find_images(folder):
+    """Relative paths of the image files below folder, at any depth, sorted; hidden ones left out, loops of links cut."""
+    found, pending = [], [("", ())]
+    while pending:
+        here, above = pending.pop()
+        state = os.stat(os.path.join(folder, here))
+        if (state.st_dev, state.st_ino) in above:
+            continue
+        above += ((state.st_dev, state.st_ino),)
+        for entry in os.scandir(os.path.join(folder, here)):
+            if not entry.name.startswith("."):
+                if entry.is_dir():
+                    pending.append((f"{here}{entry.name}/", above))
+                elif entry.name.lower().endswith(IMAGE_TYPES):
+                    found.append(here + entry.name)
+    return sorted(found)
+
+
+def open_classes(folder, notes, name):
+    """A folder of class folders, however deep: goes down while a folder holds one subfolder and no image."""
+    root, seen = pathlib.Path(folder), set()
+    while True:
+        visible = [e for e in os.scandir(root) if not e.name.startswith(".")]
+        below = sorted(e.name for e in visible if e.is_dir())
+        stray = sum(not e.is_dir() and e.name.lower().endswith(IMAGE_TYPES) for e in visible)
+        if len(below) != 1 or stray or root.resolve() in seen:
+            break
+        seen.add(root.resolve())
+        root = root / below[0]
+    images = {label: find_images(root / label) for label in below}
+    classes = [label for label in below if images[label]]
+    notes = list(notes) + [f"class folder {label} holds no image: left out" for label in below if not images[label]]
+    if stray:
+        notes.append(f"{stray} images lie in {root} outside any class folder: left out")
+    if len(classes) < 2:
+        raise SystemExit(f"{folder}: {len(classes)} class folder(s) with images found (in {root}), at least 2 are needed: "
+                         "one folder a class, holding jpg, png, bmp or tif files")
+    if set(classes) <= set(BM_CLASSES):
+        classes.sort(key=BM_CLASSES.index)
+    paths = [f"{label}/{image}" for label in classes for image in images[label]]
+    return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), [len(images[c]) for c in classes]), notes)
+
+
+def read_coco(file):
+    """The content of a COCO detection JSON, or None for any other JSON file."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SystemExit(f"{file}: not valid JSON ({error}); fetch it again or remove it") from None
+    return content if isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content) else None
+
+
+def crop_coco(folder, coco):
+    """Crop every box of a COCO set once to .crops/<class>/<image>_<box id>.png. Returns (folder of crops, notes)."""
+    digest = hashlib.sha256(json.dumps(list(coco.values()), sort_keys=True).encode()).hexdigest()
+    done, part = folder / ".crops" / ".done.json", folder / f".crops.{digest[:12]}.part"
+    with alone(folder / ".crops.lock"):
+        if done.exists():
+            state = json.loads(done.read_text())
+            if state["digest"] == digest and not any(find_image(folder, *miss) for miss in state["missing"]):
+                return done.parent, state["notes"]
+        boxes, dropped, missing = collect_boxes(folder, coco)
+        for (image, where), cells in tqdm(boxes.items(), desc=f"{folder}: cropping cells", unit="image", disable=None):
+            if all((part / cell).exists() for cell, _ in cells):
+                continue
+            try:
+                picture = read_image(where)
+            except ValueError:
+                dropped["in an image that cannot be read"] += len(cells)
+                continue
+            for cell, (x, y, w, h) in cells:
+                crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
+                if min(crop.shape[:2]) < 2:
+                    dropped["outside the image"] += 1
+                    continue
+                with whole(part / cell) as handle:
+                    handle.write(cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+        notes = [f"{count} boxes dropped: {why}" for why, count in sorted(dropped.items())]
+        if missing:
+            notes.append(f"{len(missing)} images of the JSON files are missing, e.g. {missing[0][1]}: their boxes are left out")
+        with whole(part / ".done.json", "w") as handle:
+            json.dump({"digest": digest, "missing": missing, "notes": notes}, handle)
+        if done.parent.exists():
+            os.rename(done.parent, folder / f".crops.old.{os.getpid()}")
+        os.rename(part, done.parent)
+    return done.parent, notes
+
+
+def find_image(folder, json_stem, file_name):
+    """Where an image of a COCO file lies: below the root, or in a folder named as the JSON file or 'images'; else None."""
+    for place in (folder, folder / json_stem, folder / "images", folder / json_stem / "images"):
+        if (place / file_name).is_file():
+            return place / file_name
+    return None
+
+
+def collect_boxes(folder, coco):
+    """Sort the boxes of COCO files: ({(image, file): [(crop's path, box)]}, dropped counts, [(json stem, missing image)])."""
+    boxes, dropped, missing, taken = collections.defaultdict(list), collections.Counter(), [], set()
+    for file, content in coco.items():
+        names = {c["id"]: str(c["name"]).replace("/", "-").strip(". ") for c in content["categories"]}
+        images = {i["id"]: i["file_name"] for i in content["images"]}
+        where = {i: find_image(folder, file.stem, name) for i, name in images.items()}
+        missing += [(file.stem, images[i]) for i, place in where.items() if place is None]
+        for box in content["annotations"]:
+            label, place, area = names.get(box["category_id"]), where.get(box["image_id"]), box.get("bbox") or [0] * 4
+            if label is None or box["image_id"] not in images:
+                dropped[f"of an unknown {'category' if label is None else 'image'}"] += 1
+            elif place is None:
+                dropped["their image is missing"] += 1
+            elif len(area) != 4 or not all(map(math.isfinite, area)) or min(area[2:]) <= 1:
+                dropped["width or height of 1 or less, no cell"] += 1
+            else:
+                image = str(pathlib.PurePath(images[box["image_id"]]).with_suffix("")).replace("/", "-")
+                cell = f"{label}/{image}_{box['id']}.png"
+                if cell in taken:  # the same names in two JSON files
+                    cell = f"{label}/{file.stem}-{image}_{box['id']}.png"
+                if cell in taken:
+                    dropped["a second box of the same id"] += 1
+                else:
+                    taken.add(cell)
+                    boxes[image, str(place)].append((cell, area))
+    return boxes, dropped, missing
+
+
+def open_pcam(folder, name):
+    """PatchCamelyon's HDF5 files; paths are train/17, valid/3, test/5. The labels are read once, patches on demand."""
+    import h5py
+    paths, targets = [], []
+    for part in ("train", "valid", "test"):
+        files = [folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy"]
+        if part == "test" and not any(file.exists() for file in files):
+            continue  # nothing here uses the test part
+        try:
+            with h5py.File(files[0]) as x, h5py.File(files[1]) as y:
+                labels, shape = y["y"][()].reshape(-1), x["x"].shape
+        except (OSError, KeyError) as error:
+            raise SystemExit(f"{folder}: the {part} part cannot be read ({str(error).splitlines()[0]}); fetch "
+                             f"{files[0].name} and {files[1].name} again, unpacked") from None
+        if shape[1:] != (96, 96, 3) or len(labels) != shape[0]:
+            raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels; expected [N,96,96,3] and as many labels")
+        paths += [f"{part}/{i}" for i in range(len(labels))]
+        targets.append(labels)
+    targets = np.concatenate(targets)
+    if set(np.unique(targets)) != {0, 1}:
+        raise SystemExit(f"{folder}: labels {np.unique(targets)[:5]} in the y files; expected 0 and 1")
+    return Cells(folder, name, ["normal", "tumour"], paths, targets, read=PcamReader(str(folder)))
+
+
+class PcamReader:
+    """Reads 'train/17' as uint8 RGB [96,96,3]; each process opens the HDF5 files itself (h5py handles don't survive a fork)."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, {}
+
+    def __call__(self, path):
+        import h5py
+        part, index = path.split("/")
+        key = os.getpid(), part
+        try:
+            if key not in self.files:
+                self.files[key] = h5py.File(f"{self.folder}/camelyonpatch_level_2_split_{part}_x.h5", "r")["x"]
+            return self.files[key][int(index)]
+        except OSError as error:
+            raise ValueError(f"{self.folder}, patch {path}: {str(error).splitlines()[0]}") from None
+
+    def __getstate__(self):
+        return {"folder": self.folder, "files": {}}
+
+
+# ---------------------------------------------------------------- batches
+class Batches(torch.utils.data.Dataset):
+    """Batches of Cells: (uint8 [B,3,size,size] in channels_last, int64 labels [B]), for a loader without collation.
+
+    A batch's key comes with the sampler: (epoch, first position, indices) is augmented, plain indices are only resized.
+    (An attribute set on a data set never reaches persistent workers.)
+    """
+
+    def __init__(self, cells, size, seed=0, fold=0, crop=True):
+        self.cells, self.size, self.seed, self.fold, self.crop = cells, size, seed, fold, crop
+
+    def __getitems__(self, key):
+        if isinstance(key, tuple):
+            epoch, first, indices = key
+            draws = uniforms(self.seed, self.fold, epoch, first, len(indices))
+            images = [augment(self.cells[i], self.size, d, self.crop) for i, d in zip(indices, draws)]
+        else:
+            indices, images = key, [resize(self.cells[i], self.size) for i in key]
+        labels = np.asarray(self.cells.targets)[indices]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+class BalancedEpochs(torch.utils.data.Sampler):
+    """Keys of an epoch's training batches: all classes equally likely, with replacement (weighted sampling by 1/count).
+
+    Set .epoch before iterating; the order depends on (seed, fold, epoch) alone, len(targets) draws rounded up to whole
+    batches. Of each batch a rank takes its contiguous share.
+    """
+
+    def __init__(self, targets, batch_size, seed=0, fold=0, rank=0, ranks=1):
+        order = np.argsort(targets, kind="stable")
+        self.classes = np.split(order, np.flatnonzero(np.diff(np.asarray(targets)[order])) + 1)
+        self.batch_size, self.seed, self.fold, self.epoch = batch_size, seed, fold, 1
+        self.rank, self.share, self.batches = rank, batch_size // ranks, -(-len(order) // batch_size)
+
+    def __len__(self):
+        return self.batches
+
+    def draw(self):
+        """The epoch's order: int64 [batches * batch_size] indices."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, self.fold], counter=[0, self.epoch, 0, 1]))
+        label, place = generator.random((2, self.batches * self.batch_size))
+        sizes = np.array([len(members) for members in self.classes])
+        label = (label * len(sizes)).astype(np.int64)
+        start = np.cumsum(sizes) - sizes
+        return np.concatenate(self.classes)[start[label] + (place * sizes[label]).astype(np.int64)]
+
+    def __iter__(self):
+        order = self.draw()
+        for first in range(self.rank * self.share, len(order), self.batch_size):
+            yield self.epoch, first, order[first:first + self.share]
+
+
+def loader(batches, sampler, workers=0, pin=False):
+    """DataLoader over Batches: sampler yields the keys; persistent workers; results do not depend on their number."""
+    return torch.utils.data.DataLoader(
+        batches, batch_sampler=sampler, num_workers=workers, collate_fn=unchanged, pin_memory=pin,
+        persistent_workers=workers > 0, timeout=WORKER_TIMEOUT if workers else 0, worker_init_fn=quiet_worker)
+
+
+def unchanged(batch):
+    """The batch as it is: Batches collates itself."""
+    return batch
+
+
+def quiet_worker(_):
+    """Data workers: one thread each, and Ctrl-C is the main process's business."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------- statistics and integrity
+@contextlib.contextmanager
+def alone(file):
+    """Wait for an exclusive lock on file (created, never removed), so that two processes don't make the same thing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as handle:
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def whole(file, mode="wb"):
+    """Open a file to write so that it appears whole or not at all: written beside, flushed, renamed."""
+    file = pathlib.Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with open(beside, mode, **text) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def fingerprint(cells):
+    """SHA-256 over paths, labels and file sizes (of PCam: the files'), so it is the same on a copy elsewhere."""
+    digest = hashlib.sha256(repr(cells.classes).encode())
+    digest.update("\0".join(cells.paths).encode(errors="surrogateescape") + cells.targets.tobytes())
+    files = sorted(cells.root.glob("*.h5")) if isinstance(cells.read, PcamReader) else [f"{cells.root}/{p}" for p in cells.paths]
+    digest.update(np.array([os.stat(f).st_size if os.path.exists(f) else -1 for f in files], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def inspect(cells, index):
+    """One image, judged strictly: (why it is unreadable or None, digest of its content, (height, width), histogram [3,256])."""
+    file = cells.root / str(cells.paths[index])
+    try:
+        if isinstance(cells.read, PcamReader):
+            image = cells[index]
+            content = image.tobytes()
+        else:
+            content = file.read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                Image.open(io.BytesIO(content)).load()  # raises on a file cut in half, which OpenCV decodes
+            image = cells[index]
+    except Exception as error:  # Pillow's decoders raise all sorts
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}", None, None, None
+    small = resize(image, STATISTICS_SIZE)
+    histogram = [np.bincount(small[..., channel].ravel(), minlength=256) for channel in range(3)]
+    return None, hashlib.sha1(content).digest(), image.shape[:2], np.array(histogram)
+
+
+def check_dataset(cells, runs="runs", workers=None):
+    """One pass over a data set, kept as <runs>/data/<name>.json; made again when files have come, gone or changed size.
+
+    Returns a dict: fingerprint, classes, counts, mean and std (per channel, of pixels in [0,1] after the resize to 224,
+    each readable image counting equally; PCam: its training patches), sizes, unreadable [[path, why]], duplicates
+    [[paths of equal content]], notes. Exact sums of integers: the same on any machine, in constant memory.
+    """
+    file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
+    with alone(file.with_suffix(".lock")):
+        if file.exists() and (info := json.loads(file.read_text()))["fingerprint"] == stamp:
+            return info
+        total, unreadable, sizes, same = np.zeros((3, 256), np.int64), [], collections.Counter(), {}
+        bar = tqdm(total=len(cells), desc=f"checking {cells.name}", unit="image", disable=None)
+        with concurrent.futures.ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            for start in range(0, len(cells), 1024):
+                block = range(start, min(start + 1024, len(cells)))
+                for index, (why, digest, shape, histogram) in zip(block, pool.map(functools.partial(inspect, cells), block)):
+                    path = str(cells.paths[index])
+                    if why:
+                        unreadable.append([path, why])
+                        continue
+                    same.setdefault(digest, []).append(index)
+                    sizes["{1}x{0}".format(*shape)] += 1
+                    if not path.startswith(("valid/", "test/")) or not isinstance(cells.read, PcamReader):
+                        total += histogram
+                bar.update(len(block))
+        if len(unreadable) == len(cells):
+            raise SystemExit(f"{cells.root}: none of {len(cells)} images can be read, e.g. {unreadable[0][0]} ({unreadable[0][1]})")
+        level, pixels = np.arange(256) / 255, total.sum(1)
+        mean = total @ level / pixels
+        info = {"name": cells.name, "root": str(cells.root), "fingerprint": stamp, "classes": cells.classes,
+                "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(), "mean": mean.tolist(),
+                "std": np.sqrt(total @ level**2 / pixels - mean**2).tolist(), "sizes": dict(sizes.most_common()),
+                "unreadable": unreadable, "notes": cells.notes,
+                "duplicates": [[str(cells.paths[i]) for i in group] for group in same.values() if len(group) > 1]}
+        with whole(file, "w") as handle:
+            json.dump(info, handle, indent=1)
+    return info
+
+
+def describe(info):
+    """Tables 1 and 2 of one data set as text, with the paper's values beside where it has any."""
+    images, classes, mean, std = PAPER.get(info["name"], (None, None, None, None))
+    beside = (lambda text: f"   (paper: {text})") if images else (lambda text: "")
+    common = ", ".join(f"{size} ({count:,})" for size, count in list(info["sizes"].items())[:3])
+    lines = [f"{info['name']} ({info['root']})",
+             f"  images    {sum(info['counts']):,}" + beside(f"{images or 0:,}"),
+             f"  classes   {len(info['classes'])}" + beside(classes),
+             "            " + ", ".join(f"{label} {count:,}" for label, count in zip(info["classes"], info["counts"])),
+             f"  pixels    {common}{', ...' if len(info['sizes']) > 3 else ''}"]
+    for channel, colour in enumerate(("red", "green", "blue")):
+        lines.append(f"  {colour:9s} {info['mean'][channel]:.4f} ± {info['std'][channel]:.4f}"
+                     + (beside(f"{mean[channel]:.4f} ± {std[channel]:.4f}") if images else ""))
+    across = [g for g in info["duplicates"] if len({p.split("/")[0] for p in g}) > 1]
+    lines.append(f"  unreadable {len(info['unreadable'])}, exact duplicates {len(info['duplicates'])} groups, "
+                 f"{len(across)} of them across classes")
+    lines += [f"    unreadable, left out: {path} ({why})" for path, why in info["unreadable"]]
+    lines += [f"    the same image: {', '.join(group)}" for group in info["duplicates"]]
+    return "\n".join(lines + [f"  note: {note}" for note in info["notes"]])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders of data sets")
+    parser.add_argument("--runs", default="runs", help="folder that keeps what was found, as data/<name>.json")
+    args = parser.parse_args()
+    for folder in args.data:
+        print(describe(check_dataset(open_dataset(folder), args.runs)))
+
+
+if __name__ == "__main__":
+    main()

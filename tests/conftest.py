@@ -1,0 +1,43 @@
+"""Fixtures of the test suite: synthetic cells in the three formats, real cells where there are any, a way to call the scripts."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes more than 20 seconds; run by python -m pytest -m long")
+    if not config.option.markexpr and not any("::" in arg for arg in config.args):
+        config.option.markexpr = "not long"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Folder with the synthetic bm, cd and pcam of tests/demo_data.py, tiny; read only."""
+    import demo_data
+    folder = tmp_path_factory.mktemp("cells")
+    demo_data.make(folder, size="tiny", seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_cells():
+    """Folder of real cell images (cd_crops/, bm_images/), named by the environment variable REAL_CELLS."""
+    folder = pathlib.Path(os.environ.get("REAL_CELLS", "/nowhere"))
+    if not (folder / "cd_crops").is_dir():
+        pytest.skip("REAL_CELLS names no folder of real cells")
+    return folder
+
+
+@pytest.fixture
+def run():
+    """Call a script: run("train.py", "--model", ...) gives a CompletedProcess with stdout and stderr as text."""
+    def call(script, *args, **options):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, **options)
+    return call
