@@ -1,0 +1,715 @@
+"""Fine-tune one network on bone marrow cells (or any folder of class folders), fold by fold, by the paper's protocol.
+
+    python train.py --model vit_l_32 --init imagenet                   # all folds of data/bm, going on where it stopped
+    python train.py --model resnet18 --init random --fold 0 --data data/mine --epochs 25 --image-size 96
+    torchrun --standalone --nproc_per_node=4 train.py --model resnet152 --init imagenet+cd     # one run on four GPUs
+
+Leaves runs/train/<model>/<init>/fold<k>/ with config.json, log.csv, best.pt, predictions.csv and val_predictions.csv.
+Killed at any moment it goes on by the same command from the last finished epoch, on a CPU bit for bit. Exit status: 0
+done, 1 bad data or a training gone wrong, 2 bad arguments, 75 another process works on the run, 128 + n by signal n.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import csv
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch_lr_finder
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import datasets
+import models
+import splits
+
+MOMENTUM, PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.9, 0.1, 3  # section 2.2; SGD without weight decay
+RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05  # range test (section 2.2, torch-lr-finder)
+RANGE_DROP_FIRST, RANGE_DROP_LAST, RANGE_DEFAULT_LR = 10, 5, 1e-2
+EVALUATION_BATCH = 128
+BUSY = 75  # exit status EX_TEMPFAIL
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_accuracy", "images_per_second", "seconds")
+
+
+# ---------------------------------------------------------------- machine
+def ranks():
+    """(rank, number of ranks) of this process: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(device):
+    """Under torchrun join the process group (NCCL on CUDA, gloo on CPU) and return this rank's device."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # ranks wait for rank 0's checks and range test however long they take; torchrun ends them if one dies
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
+        if ranks()[0]:
+            sys.stdout = open(os.devnull, "w")
+        elif device.type == "cpu":
+            print("gloo has no synchronised batch norm: each rank normalises by its own share of a batch")
+    return device
+
+
+def from_rank_0(make):
+    """Call make() on rank 0 alone and give every rank its result; if it fails there, torchrun ends the others."""
+    box = [make() if ranks()[0] == 0 else None]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def choose_device(device):
+    """torch.device of 'auto' (CUDA if there is any, else the CPU, said aloud), 'cpu', 'cuda', 'cuda:1'. ValueError if absent."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            print("no CUDA device found: working on the CPU", file=sys.stderr)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device found; use --device cpu")
+    return torch.device(device)
+
+
+def choose_amp(device, amp="auto"):
+    """'bf16' where the hardware computes in it (CUDA capability 8, CPU with AVX-512 bf16 or AMX), 'fp16' on older CUDA, or 'off'."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    flags = pathlib.Path("/proc/cpuinfo").read_text() if pathlib.Path("/proc/cpuinfo").exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
+
+
+def choose_workers(device, workers="auto"):
+    """Data workers: the cores that this process may use, shared among the jobs (JOBS, set by run_all.sh) and ranks of the machine."""
+    if workers != "auto":
+        return int(workers)
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # a container's limit
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
+    cores //= int(os.environ.get("JOBS") or 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, min(16, cores - 1)) if device.type == "cuda" else min(1, cores // 2)
+
+
+def amp_settings(amp):
+    """torch.autocast's arguments for 'bf16', 'fp16' or 'off'."""
+    return {"dtype": AMP_TYPES[amp] or torch.bfloat16, "enabled": amp != "off"}
+
+
+def seed_all(*key):
+    """Seed torch's global generators by a key such as (seed, fold, epoch, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------- prediction
+def predict(net, data, *, image_size=224, mean, std, batch_size=EVALUATION_BATCH, workers=0, device="cpu", amp="off"):
+    """Logits float32 [N, C] on the CPU of the N images of data (Cells): resized and normalised alone, network in eval mode.
+
+    Under torchrun each rank fills its rows of one zero tensor, and one all_reduce completes it on every rank.
+    """
+    batches = evaluation_loader(data, image_size, batch_size, workers, torch.device(device))
+    return predict_batches(net, batches, len(data), mean, std, torch.device(device), amp)
+
+
+def evaluation_loader(data, image_size, batch_size, workers, device):
+    """This rank's batches of data in order."""
+    rank, number = ranks()
+    rows = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    return datasets.loader(datasets.Batches(data, image_size), rows[rank::number], workers, device.type == "cuda")
+
+
+@torch.inference_mode()
+def predict_batches(net, batches, count, mean, std, device, amp):
+    """As predict, from a loader whose batch sampler is the list of its rows."""
+    net.eval()
+    logits = None
+    for rows, (images, _) in zip(batches.batch_sampler, tqdm(batches, desc="predicting", leave=False, disable=None)):
+        with torch.autocast(device.type, **amp_settings(amp)):
+            out = net(datasets.normalise(images.to(device, non_blocking=True), mean, std))
+        if logits is None:
+            logits = torch.zeros(count, out.shape[1], device=device)
+        logits[rows.start:rows.stop] = out.float()
+    if ranks()[1] > 1:
+        width = from_rank_0(lambda: logits.shape[1])
+        logits = torch.zeros(count, width, device=device) if logits is None else logits
+        dist.all_reduce(logits)
+    return logits.cpu()
+
+
+def write_predictions(file, cells, logits):
+    """Write path, label, prediction and every class's probability (softmax of logits [N, C]) as CSV."""
+    probabilities = logits.double().softmax(1).numpy()
+    with datasets.whole(file, "w") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(["path", "label", "prediction"] + [f"p_{label}" for label in cells.classes])
+        for path, target, p in zip(cells.paths, cells.targets, probabilities):
+            rows.writerow([path, cells.classes[target], cells.classes[p.argmax()]] + [f"{v:.7g}" for v in p])
+
+
+# ---------------------------------------------------------------- training
+def train_epoch(net, batches, count, optimizer, scaler, mean, std, device, amp, layout):
+    """Train on count batches; returns their losses, float32 [count] on device: nothing is read back inside the loop."""
+    net.train()
+    losses = torch.zeros(count, device=device)
+    for step, (images, labels) in enumerate(batches):
+        images = images.to(device, non_blocking=True).contiguous(memory_format=layout)
+        with torch.autocast(device.type, **amp_settings(amp)):
+            loss = cross_entropy(net(datasets.normalise(images, mean, std)), labels.to(device, non_blocking=True))
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses[step] = loss.detach()
+    return losses
+
+
+def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0, image_size=224, mean, std, crop=True,
+        workers=0, device="cpu", amp="off", memory_format="channels_last", compile=False, stop_lr=0.0, info=None):
+    """Train net on train, choose the epoch on val (both Cells); returns the history, a list of dicts of log.csv's columns.
+
+    Leaves log.csv, best.pt (first epoch of highest validation accuracy) and last.pt in folder and goes on from last.pt.
+    batch_size is the global one. info: what best.pt shall say besides. SystemExit if a loss is not finite (sections 2.2, 2.3).
+    """
+    folder, device, layout, (rank, number) = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format], ranks()
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
+    net.to(device, memory_format=layout)
+    if number > 1 and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    history = resume(folder, net, optimizer, scheduler, scaler)
+    order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
+    batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, device.type == "cuda")
+    val_batches = evaluation_loader(val, image_size, EVALUATION_BATCH, workers, device)
+    parallel = torch.nn.parallel.DistributedDataParallel(net) if number > 1 else net
+    parallel = torch.compile(parallel, mode="reduce-overhead" if device.type == "cuda" else None) if compile else parallel
+    about = dict(info or {}, classes=train.classes, mean=mean.tolist(), std=std.tolist(), image_size=image_size, fold=fold,
+                 train_counts=np.bincount(train.targets, minlength=len(train.classes)).tolist())
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes one epoch's checkpoint while the next one trains
+        saving = None
+        while len(history) < epochs and not (history and optimizer.param_groups[0]["lr"] < stop_lr * lr):
+            order.epoch, start = len(history) + 1, time.perf_counter()
+            row = {"epoch": order.epoch, "lr": optimizer.param_groups[0]["lr"]}
+            steps = iter(batches)
+            seed_all(seed, fold, order.epoch, rank)  # dropout; after iter(), which draws from the generator, too
+            steps = watched(steps, len(batches), order.epoch, epochs, batch_size)
+            losses = train_epoch(parallel, steps, len(batches), optimizer, scaler, mean, std, device, amp, layout)
+            if number > 1:
+                dist.all_reduce(losses)
+                for buffer in net.buffers():
+                    dist.broadcast(buffer, src=0)
+            losses = (losses / number).cpu()
+            row["images_per_second"] = len(batches) * batch_size / (time.perf_counter() - start)
+            logits, targets = predict_batches(net, val_batches, len(val), mean, std, device, amp), torch.from_numpy(val.targets)
+            row["train_loss"], row["val_loss"] = losses.mean().item(), cross_entropy(logits, targets).item()
+            row["val_accuracy"] = (logits.argmax(1) == targets).double().mean().item()
+            if saving:
+                saving.result()
+            check_finite(losses, row)
+            scheduler.step(row["val_loss"])
+            row["seconds"] = time.perf_counter() - start
+            history.append({column: row[column] for column in COLUMNS})
+            if rank == 0:
+                saving = writer.submit(save, folder, *snapshot(net, optimizer, scheduler, scaler, about, history))
+            print(f"epoch {row['epoch']}/{epochs}: rate {row['lr']:.2g}, training loss {row['train_loss']:.4f}, validation loss "
+                  f"{row['val_loss']:.4f}, accuracy {row['val_accuracy']:.4f}, {row['images_per_second']:.0f} images/s", flush=True)
+        if saving:
+            saving.result()
+    best = folder / f"best-{best_epoch(history)}.pt"
+    if rank == 0 and best.exists():
+        os.replace(best, folder / "best.pt")
+    return history
+
+
+def watched(steps, count, epoch, epochs, batch_size):
+    """The steps with a bar, and after 50 of them a line on the time that the rest of the run takes."""
+    start = time.perf_counter()
+    for step, batch in enumerate(tqdm(steps, total=count, desc=f"epoch {epoch}/{epochs}", leave=False, disable=None)):
+        yield batch
+        if step == 49 and count > 50 and epoch in (1, epochs):
+            rate = 50 * batch_size / (time.perf_counter() - start)
+            hours = (epochs - epoch + 1) * count * batch_size / rate / 3600
+            print(f"{rate:.0f} images/s: training of this run takes about {hours:.1f} h more, without validation", flush=True)
+
+
+def best_epoch(history):
+    """The first epoch of highest validation accuracy."""
+    return max(history, key=lambda row: row["val_accuracy"])["epoch"]
+
+
+def check_finite(losses, row):
+    """End the run with one line if a training step's loss or the validation loss is NaN or infinite."""
+    bad = torch.nonzero(~torch.isfinite(losses))
+    if len(bad) or not np.isfinite(row["val_loss"]):
+        where = f"training loss is {losses[bad[0, 0]]:.0f} in step {bad[0, 0] + 1}" if len(bad) else "validation loss is not finite"
+        raise SystemExit(f"epoch {row['epoch']}: {where}, at rate {row['lr']:.3g}; the state of the epoch before is kept; start "
+                         "anew in another --runs folder with a lower --lr or --amp off")
+
+
+def snapshot(net, optimizer, scheduler, scaler, about, history):
+    """Copies on the CPU of all that goes on, and of the checkpoint if this epoch is the best so far (else None)."""
+    def host(tensor):
+        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    weights = {key: host(value) for key, value in net.state_dict().items()}
+    state = optimizer.state_dict()
+    state["state"] = {i: {k: host(v) if torch.is_tensor(v) else v for k, v in s.items()} for i, s in state["state"].items()}
+    last = {"history": history[:], "best": f"best-{best_epoch(history)}.pt", "net": weights, "optimizer": state,
+            "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}
+    row, best = history[-1], None
+    if row["epoch"] == best_epoch(history):
+        best = dict(about, state_dict=weights, epoch=row["epoch"], val_accuracy=row["val_accuracy"])
+    return last, best
+
+
+def save(folder, last, best):
+    """Write an epoch's files in the order that survives a kill between any two: best, last, log; then older bests go."""
+    if best:
+        save_whole(folder / last["best"], best)
+    save_whole(folder / "last.pt", last)
+    tidy(folder, last)
+
+
+def save_whole(file, content):
+    """torch.save so that file appears whole or not at all; a full disk raises OSError."""
+    try:
+        with datasets.whole(file) as handle:
+            torch.save(content, handle)
+    except RuntimeError as error:  # PyTorch's writer hides the reason
+        raise OSError(f"writing failed, disk full? ({str(error).splitlines()[0][:120]})") from None
+
+
+def tidy(folder, last):
+    """log.csv as last.pt has it, and no best file but the one that it names."""
+    with datasets.whole(folder / "log.csv", "w") as handle:
+        rows = csv.DictWriter(handle, COLUMNS)
+        rows.writeheader()
+        rows.writerows(last["history"])
+    for file in folder.glob("best-*.pt"):
+        if file.name != last["best"]:
+            file.unlink()
+
+
+def resume(folder, net, optimizer, scheduler, scaler):
+    """Load last.pt into all that goes on, if there is one; returns the history so far."""
+    file = folder / "last.pt"
+    if not file.exists():
+        return []
+    try:
+        last = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict(last["net"])
+    except Exception as error:
+        raise SystemExit(f"{file}: cannot go on from it ({str(error).splitlines()[0][:150]}); remove {folder} to start anew") from None
+    optimizer.load_state_dict(last["optimizer"])
+    scheduler.load_state_dict(last["scheduler"])
+    scaler.load_state_dict(last["scaler"])
+    if ranks()[0] == 0:
+        tidy(folder, last)
+    print(f"{folder}: going on after epoch {len(last['history'])}", flush=True)
+    return last["history"]
+
+
+# ---------------------------------------------------------------- range test
+class Normalised(torch_lr_finder.TrainDataLoaderIter):
+    """Batches for torch-lr-finder: moved to the device and normalised."""
+
+    def __init__(self, batches, mean, std, device, layout):
+        super().__init__(batches)
+        self.prepare = lambda images: datasets.normalise(images.to(device).contiguous(memory_format=layout), mean, std)
+
+    def inputs_labels_from_batch(self, batch):
+        return self.prepare(batch[0]), batch[1]
+
+
+def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, workers, device, amp, memory_format):
+    """Learning-rate range test on a copy of net with fold 0's training Cells: (rates, smoothed losses), lists of up to 100."""
+    net, layout = copy.deepcopy(net).to(device, memory_format=LAYOUTS[memory_format]), LAYOUTS[memory_format]
+    order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
+    order.epoch, order.batches = 0, RANGE_STEPS  # 100 batches however short the data set is
+    batches = datasets.loader(datasets.Batches(train, image_size, seed, 0, crop), order, workers, device.type == "cuda")
+    optimizer = torch.optim.SGD(net.parameters(), lr=RANGE_LOW, momentum=MOMENTUM)
+    finder = torch_lr_finder.LRFinder(
+        net, optimizer, torch.nn.CrossEntropyLoss(), device, amp_backend="torch", grad_scaler=torch.amp.GradScaler(
+            device.type, enabled=amp == "fp16"), amp_config={"device_type": device.type, **amp_settings(amp)})
+    seed_all(seed, 0, 0, 0)
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())  # its progress bar
+    with contextlib.redirect_stdout(io.StringIO()), quiet:
+        finder.range_test(Normalised(batches, mean, std, device, layout), end_lr=RANGE_HIGH, num_iter=RANGE_STEPS,
+                          smooth_f=RANGE_SMOOTHING)
+    return finder.history["lr"], [float(loss) for loss in finder.history["loss"]]
+
+
+def choose_lr(rates, losses):
+    """The rate of steepest descent before the minimum of a range test's smoothed curve; None if it never descends.
+
+    The library's smoothing starts from the first batch's loss alone, whose deviation fades so slowly that it often is
+    the steepest descent: here it starts from the mean of the first ten. The first 10 and last 5 points are dropped, and
+    all from the first loss on that is not finite; slopes are taken over 10 steps, and a fall of less than 6 standard
+    deviations of the smoothed noise is none.
+    """
+    losses = np.asarray(losses, np.float64)
+    losses = losses[:len(losses) if np.isfinite(losses).all() else np.argmin(np.isfinite(losses))]
+    if len(losses) < 2 * (RANGE_DROP_FIRST + RANGE_DROP_LAST):
+        return None
+    raw = np.append(losses[0], (losses[1:] - (1 - RANGE_SMOOTHING) * losses[:-1]) / RANGE_SMOOTHING)
+    smooth = [raw[:RANGE_DROP_FIRST].mean()]
+    for loss in raw:
+        smooth.append(RANGE_SMOOTHING * loss + (1 - RANGE_SMOOTHING) * smooth[-1])
+    curve = np.array(smooth[1 + RANGE_DROP_FIRST:-RANGE_DROP_LAST])
+    bottom = int(curve.argmin())
+    noise = np.diff(raw[:len(raw) // 2]).std() / 2**0.5 * (RANGE_SMOOTHING / (2 - RANGE_SMOOTHING)) ** 0.5
+    if curve[:bottom + 1].max() - curve[bottom] <= 6 * noise:
+        return None
+    low, high = np.maximum(np.arange(bottom + 1) - 5, 0), np.minimum(np.arange(bottom + 1) + 5, bottom)
+    return float(rates[RANGE_DROP_FIRST + int(np.argmin((curve[high] - curve[low]) / np.maximum(high - low, 1)))])
+
+
+def measure_formats(net, device, amp, batch_size, image_size):
+    """Images per second of a training step on a copy of net in both memory formats (CUDA), a dict."""
+    speed = {}
+    for name, layout in LAYOUTS.items():
+        trial = copy.deepcopy(net).to(device, memory_format=layout).train()
+        images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=layout)
+        for step in range(30):
+            if step == 10:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            with torch.autocast(device.type, **amp_settings(amp)):
+                loss = trial(images).float().square().mean()
+            loss.backward()
+        torch.cuda.synchronize()
+        speed[name] = 20 * batch_size / (time.perf_counter() - start)
+    return speed
+
+
+def measured(folder, build, train, *, lr, memory_format, device, amp, batch_size, image_size, **options):
+    """(rate, memory format) of a model and init: as given, or measured once and read from <folder>/measured.json ever after."""
+    file = folder / "measured.json"
+    with datasets.alone(folder / "measured.lock"):
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if memory_format == "auto" and "memory_format" not in found:
+            speed = measure_formats(build(0), device, amp, batch_size, image_size) if device.type == "cuda" else {}
+            contiguous = speed and speed["contiguous"] > 1.15 * speed["channels_last"]
+            found.update(memory_format="contiguous" if contiguous else "channels_last", images_per_second=speed)
+        memory_format = found["memory_format"] if memory_format == "auto" else memory_format
+        if lr == "auto" and "lr" not in found:
+            rates, losses = range_test(build(0), train, device=device, amp=amp, batch_size=batch_size, image_size=image_size,
+                                       memory_format=memory_format, **options)
+            found["lr"] = choose_lr(rates, losses)
+            if found["lr"] is None:
+                found.update(lr=RANGE_DEFAULT_LR, warning=f"the loss never descends in the range test: default rate {RANGE_DEFAULT_LR}")
+            write_curve(folder, rates, losses, found["lr"])
+        with datasets.whole(file, "w") as handle:
+            json.dump(found, handle, indent=1)
+    if lr == "auto" and "warning" in found:
+        print(f"{file}: {found['warning']}", file=sys.stderr)
+    return (found["lr"] if lr == "auto" else float(lr)), memory_format
+
+
+def write_curve(folder, rates, losses, lr):
+    """lr_range.csv and lr_range.png of a range test, the chosen rate marked."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    with datasets.whole(folder / "lr_range.csv", "w") as handle:
+        csv.writer(handle).writerows([("lr", "smoothed_loss"), *zip(rates, losses)])
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(rates, losses)
+    axes.axvline(lr, color="tab:red", linestyle="--", label=f"chosen: {lr:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)", title=f"Range test, {folder.parent.name}, {folder.name}")
+    axes.legend()
+    with datasets.whole(folder / "lr_range.png") as handle:
+        figure.savefig(handle, dpi=150)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- one run
+@contextlib.contextmanager
+def lock(folder):
+    """Hold the run's lock, or yield False if another process does. lockf: data workers don't inherit it; never unlinked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def initial_weights(runs, model, init, weights):
+    """What build_model starts from for an init: None, ImageNet weights' name, or the path of a finished pre-training's best.pt."""
+    if "=" in init:
+        return init.split("=", 1)[1]
+    if init in ("random", "imagenet"):
+        return None if init == "random" else weights
+    folder = pathlib.Path(runs) / "pretrain" / model / init
+    if not (folder / "predictions.csv").exists():
+        raise SystemExit(f"{folder}: no finished pre-training there; first python pretrain.py --model {model} --init {init} --runs {runs}")
+    return str(folder / "best.pt")
+
+
+def record(folder, same, also):
+    """Write config.json, or refuse to go on with a run whose settings (same) differ from those it was begun with."""
+    file = folder / "config.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        differ = [f"{key} {before.get(key)} before, {value} now" for key, value in same.items() if before.get(key) != value]
+        if differ and any(folder.glob("*.pt")):
+            raise SystemExit(f"{folder}: begun with other settings ({'; '.join(differ)}); repeat the old ones, or start anew: remove "
+                             "that folder or name another with --runs")
+    with datasets.whole(file, "w") as handle:
+        json.dump(same | also, handle, indent=1)
+
+
+def versions():
+    """Versions of the packages that results depend on, and the git commit if there is one."""
+    here = pathlib.Path(__file__).parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    names = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "torch-lr-finder")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"python": sys.version.split()[0], **found, "commit": commit or None}
+
+
+def hash_file(file):
+    """SHA-256 of a file, or None for no file."""
+    if file is None:
+        return None
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fold, seed, lr, batch_size, epochs, image_size,
+        stop_lr, amp, memory_format, device, workers, compile, crop=True):
+    """One fine-tuning or pre-training from the beginning to predictions.csv; returns the exit status.
+
+    cells: all readable images; parts: str [N, folds] of 'train', 'val', 'test'; without test images val's are predicted.
+    """
+    rank, number = ranks()
+    with contextlib.ExitStack() as stack:
+        if not from_rank_0(lambda: stack.enter_context(lock(folder))):
+            print(f"{folder}: busy, another process works on it", file=sys.stderr)
+            return BUSY
+        if from_rank_0((folder / "predictions.csv").exists):
+            if rank == 0:
+                (folder / "last.pt").unlink(missing_ok=True)
+            print(f"{folder}: finished, nothing to do")
+            return 0
+        for leftover in folder.glob(".*.tmp") if rank == 0 else ():
+            leftover.unlink()
+        common = {"seed": seed, "image_size": image_size, "mean": info["mean"], "std": info["std"], "crop": crop, "workers": workers,
+                  "device": device, "amp": amp, "batch_size": batch_size}
+
+        def build(of_fold):
+            seed_all(seed, of_fold)
+            return models.build_model(model, len(cells.classes), weights, image_size)
+
+        def prepare():
+            if number > 1 and weights:
+                build(fold)  # fetches ImageNet's file before the other ranks look for it
+            if lr == "auto" or memory_format == "auto":
+                return measured(measured_folder, build, cells.subset(parts[:, 0] == "train"), lr=lr, memory_format=memory_format, **common)
+            return float(lr), memory_format
+        rate, layout = from_rank_0(prepare)
+        net = build(fold)
+        train, val, test = (cells.subset(parts[:, fold] == part) for part in ("train", "val", "test"))
+        split = hashlib.sha256("\0".join(map("\1".join, sorted(zip(cells.paths, parts[:, fold])))).encode(errors="surrogateescape"))
+        file = models.imagenet_file(model, weights)[1] if str(weights).upper().startswith("IMAGENET") else weights
+        same = {"model": model, "init": init, "weights": hash_file(file), "data": info["fingerprint"], "split": split.hexdigest(),
+                "fold": fold, "seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": rate, "image_size": image_size,
+                "stop_lr": stop_lr, "amp": amp, "memory_format": layout}
+        also = {"lr_argument": lr, "device": str(device), "workers": workers, "ranks": number, "compile": compile, "versions": versions(),
+                "train_images": len(train), "val_images": len(val), "test_images": len(test), "left_out": info["unreadable"],
+                "weights_from": str(file), "root": str(cells.root), "command": sys.argv}
+        if rank == 0:
+            record(folder, same, also)
+        fit(folder, net, train, val, lr=rate, epochs=epochs, fold=fold, compile=compile, stop_lr=stop_lr, memory_format=layout,
+            info={"model": model, "init": init}, **common)
+        if number > 1:
+            dist.barrier()
+        best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+        net.load_state_dict(best["state_dict"])
+        for file, data in (("val_predictions.csv", val), ("predictions.csv", test if len(test) else val)):
+            if len(test) or file == "predictions.csv":
+                keys = ("image_size", "mean", "std", "workers", "device", "amp")
+                logits = predict(net, data, **{key: common[key] for key in keys})
+                if rank == 0:
+                    write_predictions(folder / file, data, logits)
+        if rank == 0:
+            (folder / "last.pt").unlink(missing_ok=True)
+            accuracy = float((logits.argmax(1).numpy() == data.targets).mean())
+            print(f"{folder}: finished; epoch {best['epoch']} was best, accuracy {accuracy:.4f} on {len(data)} images", flush=True)
+    return 0
+
+
+# ---------------------------------------------------------------- command line
+def add_options(parser):
+    """The options that train.py and pretrain.py share."""
+    parser.add_argument("--runs", default="runs", help="folder of results; one for each target data set")
+    parser.add_argument("--epochs", type=positive, default=75)
+    parser.add_argument("--batch-size", type=positive, default=32, help="global: shared by the ranks of torchrun")
+    parser.add_argument("--lr", type=rate_or_auto, default="auto", help="initial rate; auto: range test")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels")
+    parser.add_argument("--workers", type=workers_or_auto, default="auto", help="data workers of each rank")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--amp", choices=["auto", *AMP_TYPES], default="auto", help="mixed precision")
+    parser.add_argument("--memory-format", choices=["auto", *LAYOUTS], default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
+    parser.add_argument("--stop-lr", type=float, default=0.0, help="end a run when its rate is below this fraction of the initial one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", default="imagenet", help="ImageNet weights by torchvision's name, e.g. IMAGENET1K_V1")
+    parser.add_argument("--model", required=True, help="resnet152, vit_l_32, ... or any classification model of torchvision")
+
+
+def positive(text):
+    """An integer of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def rate_or_auto(text):
+    """'auto' or a positive number."""
+    if text != "auto" and not 0 < float(text) < float("inf"):
+        raise ValueError
+    return text if text == "auto" else float(text)
+
+
+def workers_or_auto(text):
+    """'auto' or an integer of at least 0."""
+    if text != "auto" and int(text) < 0:
+        raise ValueError
+    return text if text == "auto" else int(text)
+
+
+def options(args, parser):
+    """Check what the scripts share and return run's keyword arguments; joins the ranks."""
+    try:
+        models.check_name(args.model)
+        device = join_ranks(choose_device(args.device))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.batch_size % ranks()[1]:
+        parser.error(f"--batch-size {args.batch_size} cannot be shared equally by {ranks()[1]} ranks")
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cudnn.benchmark = True
+    return {"seed": args.seed, "lr": args.lr, "batch_size": args.batch_size, "epochs": args.epochs, "image_size": args.image_size,
+            "stop_lr": args.stop_lr, "amp": choose_amp(device, args.amp), "device": device, "compile": args.compile,
+            "workers": choose_workers(device, args.workers), "memory_format": args.memory_format}
+
+
+def open_checked(data, runs):
+    """(readable images as Cells, info of the pass over them): rank 0 checks first, and says what is left out."""
+    cells = datasets.open_dataset(data)
+    info = from_rank_0(lambda: datasets.check_dataset(cells, runs))
+    unreadable = [path for path, _ in info["unreadable"]]
+    print(f"{cells.root}: {len(cells)} images in {len(cells.classes)} classes ({', '.join(cells.classes)})", flush=True)
+    for note in info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in info["unreadable"][:5]]:
+        print(f"  {note}", file=sys.stderr)
+    if len(unreadable) > 5:
+        print(f"  and {len(unreadable) - 5} unreadable images more, see {runs}/data/{cells.name}.json", file=sys.stderr)
+    return cells.subset(~np.isin(cells.paths, unreadable)), info
+
+
+def open_split(file, cells, unreadable):
+    """Parts (str [N, folds]) of the images by the split at file, made with 5 folds if there is none. Returns (cells of the split, parts)."""
+    with datasets.alone(file.with_name(".split.lock")):
+        if not file.exists():
+            splits.write_splits(file, cells.paths, [cells.classes[t] for t in cells.targets], splits.make_splits(cells.targets))
+            print(f"{file}: new stratified split into 5 folds")
+    paths, labels, parts = splits.read_splits(file)
+    place = {path: i for i, path in enumerate(paths)}
+    gone = sorted(set(paths) - set(cells.paths) - unreadable)
+    if gone:
+        raise SystemExit(f"{file}: {len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. {gone[0]}; put them back, or "
+                         "start anew with another --runs folder")
+    rows = np.array([place.get(path, -1) for path in cells.paths])
+    if (rows < 0).any():
+        print(f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it, e.g. {cells.paths[rows < 0][0]}: left out", file=sys.stderr)
+    cells, rows = cells.subset(rows >= 0), rows[rows >= 0]
+    wrong = [path for path, target, row in zip(cells.paths, cells.targets, rows) if labels[row] != cells.classes[target]]
+    if wrong:
+        raise SystemExit(f"{file}: {len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}; correct it or remove it")
+    return cells, parts[rows]
+
+
+def stop(signum, frame):
+    """Ctrl-C and SIGTERM: end at once with one line; what is being written is finished first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    stop.status = 128 + signum
+    print(f"\nstopped by {signal.Signals(signum).name}; the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
+    raise SystemExit(stop.status)
+
+
+def guarded(main):
+    """Run main so that signals, bad data and failing hardware end in one line, not in a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return main()
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{str(error).splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        text = str(error).strip()
+        if "DataLoader worker" in text:
+            time.sleep(0.5)  # a signal to the whole process group kills the workers first
+            if hasattr(stop, "status"):
+                raise SystemExit(stop.status) from None
+        known = ("DataLoader worker", "CUDA error", "cuDNN error", "NCCL", "Gloo", "gloo", "allocate memory")
+        if isinstance(error, OSError) or any(word in text for word in known):
+            raise SystemExit(f"{text.splitlines()[-1]}; the same command goes on after the last finished epoch") from None
+        raise
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--init", required=True, help=f"{', '.join(models.INITS)}, another pre-training's name, or NAME=PATH of a checkpoint")
+    parser.add_argument("--fold", type=int, nargs="+", help="folds to train, from 0 (default: all)")
+    parser.add_argument("--data", default="data/bm", help="folder of the data set")
+    args = parser.parse_args()
+    runs, init = pathlib.Path(args.runs), args.init.split("=", 1)[0]
+    if args.init not in models.INITS and "=" not in args.init and not (runs / "pretrain" / args.model / args.init).is_dir():
+        parser.error(f"--init {args.init}: not one of {', '.join(models.INITS)}, and no pre-training of that name in {runs}/pretrain/{args.model}")
+    settings = options(args, parser)
+    cells, info = open_checked(args.data, runs)
+    cells, parts = from_rank_0(lambda: open_split(runs / "split.csv", cells, {path for path, _ in info["unreadable"]}))
+    folds = range(parts.shape[1]) if args.fold is None else args.fold
+    if not all(0 <= fold < parts.shape[1] for fold in folds):
+        parser.error(f"--fold {' '.join(map(str, folds))}: {runs}/split.csv has folds 0 to {parts.shape[1] - 1}")
+    weights, status = initial_weights(runs, args.model, args.init, args.weights), 0
+    for fold in folds:
+        folder = runs / "train" / args.model / init
+        status = run(folder / f"fold{fold}", folder, cells, info, parts, model=args.model, init=init, weights=weights, fold=fold,
+                     **settings) or status
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
