@@ -18,7 +18,10 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
+import threading
+import sys
 import warnings
 
 import cv2
@@ -44,6 +47,8 @@ SOURCES = {
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after the resize of section 2.3, whatever --image-size
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; the ratio's 1.33 as torchvision's 4/3
 DRAWS = 32  # random numbers that belong to one position of an epoch: 10 crop attempts of 2, place, angle, 2 flips, spare
+UNREADABLE = ("not an image that can be decoded", "an empty file", "No such file")  # read_image's words for a file gone bad
+FLAT = "a colour channel has one value in all images: its standard deviation is taken as 1"
 WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts as hanging
 
 
@@ -51,10 +56,11 @@ WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts
 def read_image(file):
     """Decode an image file to uint8 RGB [H,W,3]: grey, palette, alpha, CMYK and 16 bits become 8-bit RGB, turned by EXIF.
 
-    Raises ValueError with one line if it cannot be read. A JPEG cut in half decodes here: check_dataset finds those.
+    Raises ValueError with one line if it cannot be read. OpenCV bears some damage: check_dataset judges strictly.
     """
     try:
-        data = np.fromfile(file, np.uint8)
+        with open(file, "rb", buffering=0) as handle:
+            data = np.frombuffer(handle.read(), np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
     except (OSError, cv2.error) as error:
         raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
@@ -65,9 +71,9 @@ def read_image(file):
 
 def resize(image, size, width=None):
     """Bilinear resize, antialiased on down-scaling, of uint8 [H,W,3] to [size,width or size,3]; aspect ratio not kept."""
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(np.ascontiguousarray(image)[None]).permute(0, 3, 1, 2)  # so torch sees channels_last: twice as fast
     out = torch.nn.functional.interpolate(planes, (size, width or size), mode="bilinear", antialias=True)
-    return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(out.permute(0, 2, 3, 1)[0].numpy())
 
 
 def uniforms(seed, fold, epoch, first, count):
@@ -93,10 +99,10 @@ def draw_crop(height, width, draws):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def warp(image, size, box, angle, flip_x=False, flip_y=False):
+def warp(image, size, box, angle, flip_x=False, flip_y=False, out=None):
     """Crop uint8 [H,W,3] to box, resize to size, rotate by angle (degrees, counter-clockwise) and flip, in one warp.
 
-    Returns uint8 [size,size,3]; corners that the rotation uncovers are black (section 2.3). Crops larger than size
+    Returns uint8 [size,size,3] (out, if given); corners that the rotation uncovers are black (section 2.3). Crops larger than size
     are first shrunk with antialiasing. Four channels, since OpenCV's warp of four takes half the time of three's.
     """
     top, left, h, w = box
@@ -108,16 +114,16 @@ def warp(image, size, box, angle, flip_x=False, flip_y=False):
     fx, fy = (-1 if flip_x else 1), (-1 if flip_y else 1)
     linear = np.array([[cos * fx * w, -sin * fy * w], [sin * fx * h, cos * fy * h]]) / size
     shift = np.array([(w - 1) / 2, (h - 1) / 2]) - linear.sum(1) * (size - 1) / 2
-    out = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), np.column_stack([linear, shift]), (size, size),
-                         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB)
+    warped = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), np.column_stack([linear, shift]), (size, size),
+                            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=out)
 
 
-def augment(image, size, draws, crop=True):
+def augment(image, size, draws, crop=True, out=None):
     """The paper's augmentation (2.3) of uint8 [H,W,3] to [size,size,3] from DRAWS uniform numbers; no crop in pre-training."""
     height, width = image.shape[:2]
     box = draw_crop(height, width, draws) if crop else (0, 0, height, width)
-    return warp(image, size, box, ROTATION * draws[22], draws[23] < 0.5, draws[24] < 0.5)
+    return warp(image, size, box, ROTATION * draws[22], draws[23] < 0.5, draws[24] < 0.5, out)
 
 
 def normalise(images, mean, std):
@@ -159,7 +165,8 @@ def open_dataset(path):
     folder = pathlib.Path(path)
     if not folder.is_dir():
         source = SOURCES.get(folder.name, "put the data set there or name its folder with --data")
-        raise SystemExit(f"{folder}: no such folder; {source} (to see it all on synthetic cells: bash run_all.sh --demo)")
+        raise SystemExit(f"{folder}: {'a file, not a' if folder.exists() else 'no such'} folder; {source} (to see it all on "
+                         "synthetic cells: bash run_all.sh --demo)")
     name = folder.resolve().name
     try:
         if any(folder.glob("camelyonpatch_level_2_split_*.h5")):
@@ -173,9 +180,12 @@ def open_dataset(path):
                          " the crops of a COCO set)") from None
 
 
-def find_images(folder):
-    """Relative paths of the image files below folder, at any depth, sorted; hidden ones left out, loops of links cut."""
-    found, pending = [], [("", ())]
+def find_images(folder, above=()):
+    """Relative paths of the image files below folder, at any depth, sorted; hidden ones left out, loops of links cut.
+
+    above: (device, inode) of further folders that a link must not lead to.
+    """
+    found, pending = [], [("", above)]
     while pending:
         here, above = pending.pop()
         state = os.stat(os.path.join(folder, here))
@@ -184,11 +194,16 @@ def find_images(folder):
         above += ((state.st_dev, state.st_ino),)
         for entry in os.scandir(os.path.join(folder, here)):
             if not entry.name.startswith("."):
-                if entry.is_dir():
+                if is_folder(entry):
                     pending.append((f"{here}{entry.name}/", above))
                 elif entry.name.lower().endswith(IMAGE_TYPES):
                     found.append(here + entry.name)
     return sorted(found)
+
+
+def is_folder(entry):
+    """Is an os.DirEntry a folder, or a link to one? False, and no error, for a link to itself."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def open_classes(folder, notes, name):
@@ -196,20 +211,21 @@ def open_classes(folder, notes, name):
     root, seen = pathlib.Path(folder), set()
     while True:
         visible = [e for e in os.scandir(root) if not e.name.startswith(".")]
-        below = sorted(e.name for e in visible if e.is_dir())
-        stray = sum(not e.is_dir() and e.name.lower().endswith(IMAGE_TYPES) for e in visible)
+        below = sorted(e.name for e in visible if is_folder(e))
+        stray = sum(not is_folder(e) and e.name.lower().endswith(IMAGE_TYPES) for e in visible)
         if len(below) != 1 or stray or root.resolve() in seen:
             break
         seen.add(root.resolve())
         root = root / below[0]
-    images = {label: find_images(root / label) for label in below}
+    above = tuple((state.st_dev, state.st_ino) for state in map(os.stat, (root, *root.resolve().parents)))
+    images = {label: find_images(root / label, above) for label in below}
     classes = [label for label in below if images[label]]
     notes = list(notes) + [f"class folder {label} holds no image: left out" for label in below if not images[label]]
     if stray:
         notes.append(f"{stray} images lie in {root} outside any class folder: left out")
     if len(classes) < 2:
-        raise SystemExit(f"{folder}: {len(classes)} class folder(s) with images found (in {root}), at least 2 are needed: "
-                         "one folder a class, holding jpg, png, bmp or tif files")
+        raise SystemExit(f"{folder}: {len(classes)} class folder(s) with images and {stray} images outside any found (in {root}), "
+                         "at least 2 are needed: one folder a class, holding jpg, png, bmp or tif files")
     if set(classes) <= set(BM_CLASSES):
         classes.sort(key=BM_CLASSES.index)
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
@@ -229,19 +245,30 @@ def crop_coco(folder, coco):
     """Crop every box of a COCO set once to .crops/<class>/<image>_<box id>.png. Returns (folder of crops, notes)."""
     digest = hashlib.sha256(json.dumps(list(coco.values()), sort_keys=True).encode()).hexdigest()
     done, part = folder / ".crops" / ".done.json", folder / f".crops.{digest[:12]}.part"
+
+    def finished():
+        state = read_json(done) if done.exists() else {}
+        return state.get("digest") == digest and not any(find_image(folder, *miss) for miss in state["missing"])
+    if finished():  # before the lock, which a folder that is read only has no place for
+        return done.parent, read_json(done)["notes"]
     with alone(folder / ".crops.lock"):
-        if done.exists():
-            state = json.loads(done.read_text())
-            if state["digest"] == digest and not any(find_image(folder, *miss) for miss in state["missing"]):
-                return done.parent, state["notes"]
-        boxes, dropped, missing = collect_boxes(folder, coco)
+        if finished():
+            return done.parent, read_json(done)["notes"]
+        try:
+            boxes, dropped, missing = collect_boxes(folder, coco)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SystemExit(f"{', '.join(map(str, coco))}: no COCO detection set as it should be ({type(error).__name__}: {error}); "
+                             "fetch it again") from None
+        if not boxes:
+            why = "; ".join(f"{count}: {reason}" for reason, count in dropped.items()) or "there is none"
+            raise SystemExit(f"{', '.join(map(str, coco))}: no box can be cropped ({why}); the image folders belong beside the JSON files")
         for (image, where), cells in tqdm(boxes.items(), desc=f"{folder}: cropping cells", unit="image", disable=None):
             if all((part / cell).exists() for cell, _ in cells):
                 continue
             try:
                 picture = read_image(where)
             except ValueError:
-                dropped["in an image that cannot be read"] += len(cells)
+                dropped["in an image that cannot be read; once it is mended, remove .crops"] += len(cells)
                 continue
             for cell, (x, y, w, h) in cells:
                 crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
@@ -256,8 +283,12 @@ def crop_coco(folder, coco):
         with whole(part / ".done.json", "w") as handle:
             json.dump({"digest": digest, "missing": missing, "notes": notes}, handle)
         if done.parent.exists():
-            os.rename(done.parent, folder / f".crops.old.{os.getpid()}")
-        os.rename(part, done.parent)
+            old = folder / f".crops.old.{os.getpid()}"
+            os.rename(done.parent, old)
+            os.rename(part, done.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(part, done.parent)
     return done.parent, notes
 
 
@@ -273,7 +304,7 @@ def collect_boxes(folder, coco):
     """Sort the boxes of COCO files: ({(image, file): [(crop's path, box)]}, dropped counts, [(json stem, missing image)])."""
     boxes, dropped, missing, taken = collections.defaultdict(list), collections.Counter(), [], set()
     for file, content in coco.items():
-        names = {c["id"]: str(c["name"]).replace("/", "-").strip(". ") for c in content["categories"]}
+        names = {c["id"]: str(c["name"]).replace("/", "-").strip(". ") or "unnamed" for c in content["categories"]}
         images = {i["id"]: i["file_name"] for i in content["images"]}
         where = {i: find_image(folder, file.stem, name) for i, name in images.items()}
         missing += [(file.stem, images[i]) for i, place in where.items() if place is None]
@@ -287,9 +318,10 @@ def collect_boxes(folder, coco):
                 dropped["width or height of 1 or less, no cell"] += 1
             else:
                 image = str(pathlib.PurePath(images[box["image_id"]]).with_suffix("")).replace("/", "-")
-                cell = f"{label}/{image}_{box['id']}.png"
+                number = str(box["id"]).replace("/", "-")
+                cell = f"{label}/{image}_{number}.png"
                 if cell in taken:  # the same names in two JSON files
-                    cell = f"{label}/{file.stem}-{image}_{box['id']}.png"
+                    cell = f"{label}/{file.stem}-{image}_{number}.png"
                 if cell in taken:
                     dropped["a second box of the same id"] += 1
                 else:
@@ -309,8 +341,9 @@ def open_pcam(folder, name):
         try:
             with h5py.File(files[0]) as x, h5py.File(files[1]) as y:
                 labels, shape = y["y"][()].reshape(-1), x["x"].shape
-        except (OSError, KeyError) as error:
-            raise SystemExit(f"{folder}: the {part} part cannot be read ({str(error).splitlines()[0]}); fetch "
+        except (OSError, KeyError, AttributeError, TypeError) as error:
+            gone = [f"{file.name} is missing" for file in files if not file.exists()]
+            raise SystemExit(f"{folder}: the {part} part cannot be read ({(gone or str(error).splitlines())[0]}); fetch "
                              f"{files[0].name} and {files[1].name} again, unpacked") from None
         if shape[1:] != (96, 96, 3) or len(labels) != shape[0]:
             raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels; expected [N,96,96,3] and as many labels")
@@ -355,14 +388,16 @@ class Batches(torch.utils.data.Dataset):
         self.cells, self.size, self.seed, self.fold, self.crop = cells, size, seed, fold, crop
 
     def __getitems__(self, key):
-        if isinstance(key, tuple):
-            epoch, first, indices = key
-            draws = uniforms(self.seed, self.fold, epoch, first, len(indices))
-            images = [augment(self.cells[i], self.size, d, self.crop) for i, d in zip(indices, draws)]
+        epoch, first, indices = key if isinstance(key, tuple) else (None, None, key)
+        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        if epoch is None:
+            for image, index in zip(images, indices):
+                image[:] = resize(self.cells[index], self.size)
         else:
-            indices, images = key, [resize(self.cells[i], self.size) for i in key]
-        labels = np.asarray(self.cells.targets)[indices]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+            draws = uniforms(self.seed, self.fold, epoch, first, len(indices))
+            for image, index, numbers in zip(images, indices, draws):
+                augment(self.cells[index], self.size, numbers, self.crop, out=image)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.cells.targets[indices])
 
 
 class BalancedEpochs(torch.utils.data.Sampler):
@@ -396,11 +431,44 @@ class BalancedEpochs(torch.utils.data.Sampler):
             yield self.epoch, first, order[first:first + self.share]
 
 
+class Loader(torch.utils.data.DataLoader):
+    """DataLoader whose timeout, doubled, holds even if a worker stops while it hands over a batch, where PyTorch's does not look."""
+
+    def __iter__(self):
+        with limited(2 * self.timeout):
+            batches = super().__iter__()
+        return self.timely(batches)
+
+    def timely(self, batches):
+        while True:
+            with limited(2 * self.timeout):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+@contextlib.contextmanager
+def limited(seconds):
+    """RuntimeError if what is done inside takes longer (0: no limit; signals, hence the limit, reach the main thread alone)."""
+    def late(*_):
+        raise RuntimeError(f"DataLoader timed out after {seconds:.0f} seconds: a worker hangs")
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def loader(batches, sampler, workers=0, pin=False):
     """DataLoader over Batches: sampler yields the keys; persistent workers; results do not depend on their number."""
-    return torch.utils.data.DataLoader(
-        batches, batch_sampler=sampler, num_workers=workers, collate_fn=unchanged, pin_memory=pin,
-        persistent_workers=workers > 0, timeout=WORKER_TIMEOUT if workers else 0, worker_init_fn=quiet_worker)
+    return Loader(batches, batch_sampler=sampler, num_workers=workers, collate_fn=unchanged, pin_memory=pin, persistent_workers=workers > 0,
+                  timeout=WORKER_TIMEOUT if workers else 0, worker_init_fn=quiet_worker)
 
 
 def unchanged(batch):
@@ -412,6 +480,7 @@ def quiet_worker(_):
     """Data workers: one thread each, and Ctrl-C is the main process's business."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # a batch that nobody fetches any more is no news (what goes wrong in reading comes another way)
 
 
 # ---------------------------------------------------------------- statistics and integrity
@@ -441,6 +510,17 @@ def whole(file, mode="wb"):
         beside.unlink(missing_ok=True)
 
 
+def read_json(file):
+    """The dict that a JSON file of ours holds; SystemExit with one line if it is damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SystemExit(f"{file}: damaged ({error}); remove it, and it is made anew") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{file}: damaged (no JSON object); remove it, and it is made anew")
+    return content
+
+
 def fingerprint(cells):
     """SHA-256 over paths, labels and file sizes (of PCam: the files'), so it is the same on a copy elsewhere."""
     digest = hashlib.sha256(repr(cells.classes).encode())
@@ -459,12 +539,11 @@ def inspect(cells, index):
             content = image.tobytes()
         else:
             content = file.read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                Image.open(io.BytesIO(content)).load()  # raises on a file cut in half, which OpenCV decodes
+            Image.open(io.BytesIO(content)).load()  # raises on a file cut short, which OpenCV may decode
             image = cells[index]
     except Exception as error:  # Pillow's decoders raise all sorts
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}", None, None, None
+        text = str(error).split(" <_io.")[0].splitlines()  # without the address of a buffer
+        return f"{type(error).__name__}: {text[0] if text else 'unreadable'}", None, None, None
     small = resize(image, STATISTICS_SIZE)
     histogram = [np.bincount(small[..., channel].ravel(), minlength=256) for channel in range(3)]
     return None, hashlib.sha1(content).digest(), image.shape[:2], np.array(histogram)
@@ -475,15 +554,17 @@ def check_dataset(cells, runs="runs", workers=None):
 
     Returns a dict: fingerprint, classes, counts, mean and std (per channel, of pixels in [0,1] after the resize to 224,
     each readable image counting equally; PCam: its training patches), sizes, unreadable [[path, why]], duplicates
-    [[paths of equal content]], notes. Exact sums of integers: the same on any machine, in constant memory.
+    [[paths of equal content]], across_classes (how many of those differ in class), notes. Exact sums of integers: the
+    same on any machine, in constant memory.
     """
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
     with alone(file.with_suffix(".lock")):
-        if file.exists() and (info := json.loads(file.read_text()))["fingerprint"] == stamp:
+        if file.exists() and (info := read_json(file)).get("fingerprint") == stamp:
             return info
         total, unreadable, sizes, same = np.zeros((3, 256), np.int64), [], collections.Counter(), {}
         bar = tqdm(total=len(cells), desc=f"checking {cells.name}", unit="image", disable=None)
-        with concurrent.futures.ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, since warning filters belong to all threads
             for start in range(0, len(cells), 1024):
                 block = range(start, min(start + 1024, len(cells)))
                 for index, (why, digest, shape, histogram) in zip(block, pool.map(functools.partial(inspect, cells), block)):
@@ -498,13 +579,17 @@ def check_dataset(cells, runs="runs", workers=None):
                 bar.update(len(block))
         if len(unreadable) == len(cells):
             raise SystemExit(f"{cells.root}: none of {len(cells)} images can be read, e.g. {unreadable[0][0]} ({unreadable[0][1]})")
+        groups = [group for group in same.values() if len(group) > 1]
         level, pixels = np.arange(256) / 255, total.sum(1)
         mean = total @ level / pixels
+        variance = total @ level**2 / pixels - mean**2
+        flat = variance < 1e-9  # one value in all images, e.g. an empty channel: normalised to 0, not to NaN
         info = {"name": cells.name, "root": str(cells.root), "fingerprint": stamp, "classes": cells.classes,
                 "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(), "mean": mean.tolist(),
-                "std": np.sqrt(total @ level**2 / pixels - mean**2).tolist(), "sizes": dict(sizes.most_common()),
-                "unreadable": unreadable, "notes": cells.notes,
-                "duplicates": [[str(cells.paths[i]) for i in group] for group in same.values() if len(group) > 1]}
+                "std": np.sqrt(np.where(flat, 1, variance)).tolist(), "sizes": dict(sizes.most_common()),
+                "unreadable": unreadable, "notes": cells.notes + [FLAT] * bool(flat.any()),
+                "duplicates": [[str(cells.paths[i]) for i in group] for group in groups],
+                "across_classes": sum(len(set(cells.targets[group])) > 1 for group in groups)}
         with whole(file, "w") as handle:
             json.dump(info, handle, indent=1)
     return info
@@ -516,16 +601,15 @@ def describe(info):
     beside = (lambda text: f"   (paper: {text})") if images else (lambda text: "")
     common = ", ".join(f"{size} ({count:,})" for size, count in list(info["sizes"].items())[:3])
     lines = [f"{info['name']} ({info['root']})",
-             f"  images    {sum(info['counts']):,}" + beside(f"{images or 0:,}"),
+             f"  images    {sum(info['counts']):,}" + beside(f"{images or 0:,}{' for training' * (info['name'] == 'pcam')}"),
              f"  classes   {len(info['classes'])}" + beside(classes),
              "            " + ", ".join(f"{label} {count:,}" for label, count in zip(info["classes"], info["counts"])),
              f"  pixels    {common}{', ...' if len(info['sizes']) > 3 else ''}"]
     for channel, colour in enumerate(("red", "green", "blue")):
         lines.append(f"  {colour:9s} {info['mean'][channel]:.4f} ± {info['std'][channel]:.4f}"
                      + (beside(f"{mean[channel]:.4f} ± {std[channel]:.4f}") if images else ""))
-    across = [g for g in info["duplicates"] if len({p.split("/")[0] for p in g}) > 1]
     lines.append(f"  unreadable {len(info['unreadable'])}, exact duplicates {len(info['duplicates'])} groups, "
-                 f"{len(across)} of them across classes")
+                 f"{info['across_classes']} of them across classes")
     lines += [f"    unreadable, left out: {path} ({why})" for path, why in info["unreadable"]]
     lines += [f"    the same image: {', '.join(group)}" for group in info["duplicates"]]
     return "\n".join(lines + [f"  note: {note}" for note in info["notes"]])
@@ -536,8 +620,13 @@ def main():
     parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders of data sets")
     parser.add_argument("--runs", default="runs", help="folder that keeps what was found, as data/<name>.json")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     for folder in args.data:
-        print(describe(check_dataset(open_dataset(folder), args.runs)))
+        cells = open_dataset(folder)
+        try:
+            print(describe(check_dataset(cells, args.runs)))
+        except OSError as error:
+            raise SystemExit(f"{error.filename or args.runs}: {error.strerror or error}; name a folder to write to with --runs") from None
 
 
 if __name__ == "__main__":

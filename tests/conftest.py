@@ -1,8 +1,10 @@
 """Fixtures of the test suite: synthetic cells in the three formats, real cells where there are any, a way to call the scripts."""
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -41,3 +43,20 @@ def run():
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, **options)
     return call
+
+
+@pytest.fixture
+def without_rights():
+    """(a new folder that all can reach, a context manager): `with context():` this process is nobody, and not root."""
+    @contextlib.contextmanager
+    def context():
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)  # nobody
+        try:
+            yield
+        finally:
+            os.seteuid(before)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield pathlib.Path(folder), context
