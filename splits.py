@@ -117,7 +117,7 @@ def read_table(file, columns):
                 if rows.setdefault(row[0], row) is not row:
                     raise ValueError(f"{row[0]!r} is there a second time")
     except OSError as error:
-        raise SystemExit(f"{file}: cannot be read ({error.strerror})") from None
+        raise SystemExit(f"{file}: cannot be read ({error.strerror}); correct it or name another") from None
     except (ValueError, csv.Error) as error:
         raise SystemExit(f"{file}, line {reader.line_num}: {error}; correct it or make the file anew") from None
     if len(rows) < 2:
@@ -144,7 +144,8 @@ def read_groups(source, paths):
     else:
         ids = [match and match.group(min(1, match.re.groups)) for match in (re.search(source, p) for p in paths)]
     if missing := [path for path, name in zip(paths, ids) if not name]:
-        raise SystemExit(f"--groups {source}: no group for {len(missing)} of {len(paths)} images, e.g. {missing[0]!r}")
+        kind = "a file" if os.path.isfile(source) else "no such file, so a regular expression"
+        raise SystemExit(f"--groups {source} ({kind}): no group for {len(missing)} of {len(paths)} images, e.g. {missing[0]!r}")
     return ids
 
 
@@ -191,8 +192,8 @@ def main():
         raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another file with --out") from None
     old = read_splits(args.out)
     if set(zip(*old[:2], map(tuple, old[2]))) != set(zip(paths, labels, map(tuple, parts))):
-        raise SystemExit(f"{args.out}: another split, {len(old[0]):,} images in {old[2].shape[1]} folds, stands "
-                         "there, for train.py to use as it is; remove it to split anew, or name another file with --out")
+        raise SystemExit(f"{args.out}: another split of {len(old[0]):,} images, {old[2].shape[1]} folds, is "
+                         "there for train.py to use as it is; remove it to split anew, or name another file with --out")
     print(f"{args.out}: this very split stands there already")
 
 

@@ -19,8 +19,10 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +43,8 @@ MOMENTUM, PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.9, 0.1, 3  # section 2.2; SGD wit
 RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05  # range test (section 2.2, torch-lr-finder)
 RANGE_DROP_FIRST, RANGE_DROP_LAST, RANGE_DEFAULT_LR = 10, 5, 1e-2
 EVALUATION_BATCH = 128
+TOO_SMALL = ("Kernel size can't be greater", "Output size is too small", "more than 1 value per channel", "should be at least",
+             "output size")  # PyTorch's words for a feature map that a network's layers have used up
 BUSY = 75  # exit status EX_TEMPFAIL
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -82,6 +86,8 @@ def choose_device(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             print("no CUDA device found: working on the CPU", file=sys.stderr)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: not auto, cpu, cuda, cuda:1, ...")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device found; use --device cpu")
     return torch.device(device)
@@ -270,7 +276,9 @@ def snapshot(net, optimizer, scheduler, scaler, about, history):
     """Copies on the CPU of all that goes on, and of the checkpoint if this epoch is the best so far (else None)."""
     def host(tensor):
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    weights = {key: host(value) for key, value in net.state_dict().items()}
+    weights = net.state_dict()  # an OrderedDict with the modules' versions, which a few networks need to be loaded
+    for key, value in weights.items():
+        weights[key] = host(value)
     state = optimizer.state_dict()
     state["state"] = {i: {k: host(v) if torch.is_tensor(v) else v for k, v in s.items()} for i, s in state["state"].items()}
     last = {"history": history[:], "best": f"best-{best_epoch(history)}.pt", "net": weights, "optimizer": state,
@@ -314,14 +322,18 @@ def resume(folder, net, optimizer, scheduler, scaler):
     file = folder / "last.pt"
     if not file.exists():
         return []
+    last = models.read_file(file, f"remove {folder} to start anew")
     try:
-        last = torch.load(file, map_location="cpu", weights_only=True)
         net.load_state_dict(last["net"])
-    except Exception as error:
-        raise SystemExit(f"{file}: cannot go on from it ({str(error).splitlines()[0][:150]}); remove {folder} to start anew") from None
-    optimizer.load_state_dict(last["optimizer"])
-    scheduler.load_state_dict(last["scheduler"])
-    scaler.load_state_dict(last["scaler"])
+        optimizer.load_state_dict(last["optimizer"])
+        for parameter, state in optimizer.state.items():  # fused SGD pairs numbers by their place in memory: same layout needed
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+        scheduler.load_state_dict(last["scheduler"])
+        scaler.load_state_dict(last["scaler"])
+    except Exception as error:  # whatever another program's file leads to
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        raise SystemExit(f"{file}: cannot go on from it ({why}); remove {folder} to start anew") from None
     if ranks()[0] == 0:
         tidy(folder, last)
     print(f"{folder}: going on after epoch {len(last['history'])}", flush=True)
@@ -362,25 +374,29 @@ def choose_lr(rates, losses):
     """The rate of steepest descent before the minimum of a range test's smoothed curve; None if it never descends.
 
     The library's smoothing starts from the first batch's loss alone, whose deviation fades so slowly that it often is
-    the steepest descent: here it starts from the mean of the first ten. The first 10 and last 5 points are dropped, and
-    all from the first loss on that is not finite; slopes are taken over 10 steps, and a fall of less than 6 standard
-    deviations of the smoothed noise is none.
+    the steepest descent: here it starts from the median of the first ten. The first 10 and last 5 points are dropped,
+    and all from the first loss on that is not finite. The slope is taken over 10 steps, or 20, or 40: the first in which
+    the steepest fall is more than 4 standard deviations of such a difference of smoothed noise; a fall over the whole
+    curve of less than 6 standard deviations of the noise is none.
     """
     losses = np.asarray(losses, np.float64)
     losses = losses[:len(losses) if np.isfinite(losses).all() else np.argmin(np.isfinite(losses))]
     if len(losses) < 2 * (RANGE_DROP_FIRST + RANGE_DROP_LAST):
         return None
-    raw = np.append(losses[0], (losses[1:] - (1 - RANGE_SMOOTHING) * losses[:-1]) / RANGE_SMOOTHING)
-    smooth = [raw[:RANGE_DROP_FIRST].mean()]
+    keep = 1 - RANGE_SMOOTHING
+    raw = np.append(losses[0], (losses[1:] - keep * losses[:-1]) / RANGE_SMOOTHING)
+    smooth = [np.median(raw[:RANGE_DROP_FIRST])]
     for loss in raw:
-        smooth.append(RANGE_SMOOTHING * loss + (1 - RANGE_SMOOTHING) * smooth[-1])
+        smooth.append(RANGE_SMOOTHING * loss + keep * smooth[-1])
     curve = np.array(smooth[1 + RANGE_DROP_FIRST:-RANGE_DROP_LAST])
-    bottom = int(curve.argmin())
+    curve = curve[:curve.argmin() + 1]
     noise = np.diff(raw[:len(raw) // 2]).std() / 2**0.5 * (RANGE_SMOOTHING / (2 - RANGE_SMOOTHING)) ** 0.5
-    if curve[:bottom + 1].max() - curve[bottom] <= 6 * noise:
-        return None
-    low, high = np.maximum(np.arange(bottom + 1) - 5, 0), np.minimum(np.arange(bottom + 1) + 5, bottom)
-    return float(rates[RANGE_DROP_FIRST + int(np.argmin((curve[high] - curve[low]) / np.maximum(high - low, 1)))])
+    for span in (10, 20, 40) if curve.max() - curve[-1] > 6 * noise else ():
+        span = min(span, len(curve) - 1)
+        fall = curve[:len(curve) - span] - curve[span:]
+        if fall.max() > 4 * noise * (2 - 2 * keep**span) ** 0.5:
+            return float(rates[RANGE_DROP_FIRST + int(fall.argmax()) + span // 2])
+    return None
 
 
 def measure_formats(net, device, amp, batch_size, image_size):
@@ -405,7 +421,9 @@ def measured(folder, build, train, *, lr, memory_format, device, amp, batch_size
     """(rate, memory format) of a model and init: as given, or measured once and read from <folder>/measured.json ever after."""
     file = folder / "measured.json"
     with datasets.alone(folder / "measured.lock"):
-        found = json.loads(file.read_text()) if file.exists() else {}
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        found = datasets.read_json(file) if file.exists() else {}
         if memory_format == "auto" and "memory_format" not in found:
             speed = measure_formats(build(0), device, amp, batch_size, image_size) if device.type == "cuda" else {}
             contiguous = speed and speed["contiguous"] > 1.15 * speed["channels_last"]
@@ -459,20 +477,23 @@ def lock(folder):
 def initial_weights(runs, model, init, weights):
     """What build_model starts from for an init: None, ImageNet weights' name, or the path of a finished pre-training's best.pt."""
     if "=" in init:
-        return init.split("=", 1)[1]
+        name, file = init.split("=", 1)
+        if not pathlib.Path(file).is_file():
+            raise SystemExit(f"--init {init}: {file!r} is no file; {models.OURS}")
+        return os.path.abspath(file)
     if init in ("random", "imagenet"):
         return None if init == "random" else weights
     folder = pathlib.Path(runs) / "pretrain" / model / init
     if not (folder / "predictions.csv").exists():
         raise SystemExit(f"{folder}: no finished pre-training there; first python pretrain.py --model {model} --init {init} --runs {runs}")
-    return str(folder / "best.pt")
+    return os.path.abspath(folder / "best.pt")  # a path of any name is told from the name of ImageNet weights
 
 
 def record(folder, same, also):
     """Write config.json, or refuse to go on with a run whose settings (same) differ from those it was begun with."""
     file = folder / "config.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        before = datasets.read_json(file)
         differ = [f"{key} {before.get(key)} before, {value} now" for key, value in same.items() if before.get(key) != value]
         if differ and any(folder.glob("*.pt")):
             raise SystemExit(f"{folder}: begun with other settings ({'; '.join(differ)}); repeat the old ones, or start anew: remove "
@@ -522,6 +543,11 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
         common = {"seed": seed, "image_size": image_size, "mean": info["mean"], "std": info["std"], "crop": crop, "workers": workers,
                   "device": device, "amp": amp, "batch_size": batch_size}
 
+        train, val, test = (cells.subset(parts[:, fold] == part) for part in ("train", "val", "test"))
+        if not len(train) or not len(val):
+            raise SystemExit(f"{cells.root}: {len(train)} images to train on and {len(val)} to validate with in fold {fold}; it takes "
+                             "some of both: more images, or another split.csv")
+
         def build(of_fold):
             seed_all(seed, of_fold)
             return models.build_model(model, len(cells.classes), weights, image_size)
@@ -534,9 +560,8 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
             return float(lr), memory_format
         rate, layout = from_rank_0(prepare)
         net = build(fold)
-        train, val, test = (cells.subset(parts[:, fold] == part) for part in ("train", "val", "test"))
         split = hashlib.sha256("\0".join(map("\1".join, sorted(zip(cells.paths, parts[:, fold])))).encode(errors="surrogateescape"))
-        file = models.imagenet_file(model, weights)[1] if str(weights).upper().startswith("IMAGENET") else weights
+        file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         same = {"model": model, "init": init, "weights": hash_file(file), "data": info["fingerprint"], "split": split.hexdigest(),
                 "fold": fold, "seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": rate, "image_size": image_size,
                 "stop_lr": stop_lr, "amp": amp, "memory_format": layout}
@@ -549,65 +574,66 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
             info={"model": model, "init": init}, **common)
         if number > 1:
             dist.barrier()
-        best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
-        net.load_state_dict(best["state_dict"])
-        for file, data in (("val_predictions.csv", val), ("predictions.csv", test if len(test) else val)):
-            if len(test) or file == "predictions.csv":
-                keys = ("image_size", "mean", "std", "workers", "device", "amp")
-                logits = predict(net, data, **{key: common[key] for key in keys})
-                if rank == 0:
-                    write_predictions(folder / file, data, logits)
-        if rank == 0:
-            (folder / "last.pt").unlink(missing_ok=True)
-            accuracy = float((logits.argmax(1).numpy() == data.targets).mean())
-            print(f"{folder}: finished; epoch {best['epoch']} was best, accuracy {accuracy:.4f} on {len(data)} images", flush=True)
+        publish(folder, net, val, test, **{key: common[key] for key in ("image_size", "mean", "std", "workers", "device", "amp")})
     return 0
+
+
+def publish(folder, net, val, test, **how):
+    """Write the best epoch's predictions, those of the test images (without any: val's) last, since they say that the run is finished."""
+    best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+    net.load_state_dict(best["state_dict"])
+    for file, data in (("val_predictions.csv", val), ("predictions.csv", test)) if len(test) else (("predictions.csv", val),):
+        logits = predict(net, data, **how)
+        if ranks()[0] == 0:
+            write_predictions(folder / file, data, logits)
+    if ranks()[0] == 0:
+        (folder / "last.pt").unlink(missing_ok=True)
+        accuracy = float((logits.argmax(1).numpy() == data.targets).mean())
+        print(f"{folder}: finished; epoch {best['epoch']} was best, accuracy {accuracy:.4f} on {len(data)} images", flush=True)
 
 
 # ---------------------------------------------------------------- command line
 def add_options(parser):
     """The options that train.py and pretrain.py share."""
     parser.add_argument("--runs", default="runs", help="folder of results; one for each target data set")
-    parser.add_argument("--epochs", type=positive, default=75)
-    parser.add_argument("--batch-size", type=positive, default=32, help="global: shared by the ranks of torchrun")
-    parser.add_argument("--lr", type=rate_or_auto, default="auto", help="initial rate; auto: range test")
-    parser.add_argument("--image-size", type=positive, default=224, help="pixels")
-    parser.add_argument("--workers", type=workers_or_auto, default="auto", help="data workers of each rank")
+    parser.add_argument("--epochs", type=COUNT, default=75)
+    parser.add_argument("--batch-size", type=COUNT, default=32, help="global: shared by the ranks of torchrun")
+    parser.add_argument("--lr", type=RATE, default="auto", help="initial rate; auto: range test")
+    parser.add_argument("--image-size", type=COUNT, default=224, help="pixels")
+    parser.add_argument("--workers", type=WORKERS, default="auto", help="data workers of each rank")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=["auto", *AMP_TYPES], default="auto", help="mixed precision")
     parser.add_argument("--memory-format", choices=["auto", *LAYOUTS], default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
-    parser.add_argument("--stop-lr", type=float, default=0.0, help="end a run when its rate is below this fraction of the initial one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop-lr", type=SHARE, default=0.0, help="end a run when its rate is below this fraction of the initial one")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--weights", default="imagenet", help="ImageNet weights by torchvision's name, e.g. IMAGENET1K_V1")
     parser.add_argument("--model", required=True, help="resnet152, vit_l_32, ... or any classification model of torchvision")
 
 
-def positive(text):
-    """An integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def checked(kind, fits, what):
+    """An argument's type: kind (int, float) of its text where that fits, else argparse says that it is not `what`."""
+    def read(text):
+        if text == "auto" and "auto" in what:
+            return text
+        with contextlib.suppress(ValueError):
+            if fits(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return read
 
 
-def rate_or_auto(text):
-    """'auto' or a positive number."""
-    if text != "auto" and not 0 < float(text) < float("inf"):
-        raise ValueError
-    return text if text == "auto" else float(text)
-
-
-def workers_or_auto(text):
-    """'auto' or an integer of at least 0."""
-    if text != "auto" and int(text) < 0:
-        raise ValueError
-    return text if text == "auto" else int(text)
+COUNT = checked(int, lambda n: n >= 1, "a whole number of at least 1")
+WORKERS = checked(int, lambda n: n >= 0, "auto or a whole number of at least 0")
+SEED = checked(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+SHARE = checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+RATE = checked(float, lambda x: 0 < x < float("inf"), "auto or a number above 0")
 
 
 def options(args, parser):
     """Check what the scripts share and return run's keyword arguments; joins the ranks."""
     try:
-        models.check_name(args.model)
+        models.check_name(args.model, args.image_size, args.weights if args.init.startswith("imagenet") else None)
         device = join_ranks(choose_device(args.device))
     except ValueError as error:
         parser.error(str(error))
@@ -659,13 +685,16 @@ def stop(signum, frame):
     """Ctrl-C and SIGTERM: end at once with one line; what is being written is finished first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for data workers that got the signal, too
     stop.status = 128 + signum
-    print(f"\nstopped by {signal.Signals(signum).name}; the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
+    print(f"\nstopped by {signal.Signals(signum).name}; the same command goes on after the last finished epoch",
+          file=sys.__stderr__, flush=True)  # sys.stderr may be redirected by the range test
     raise SystemExit(stop.status)
 
 
 def guarded(main):
     """Run main so that signals, bad data and failing hardware end in one line, not in a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -674,11 +703,22 @@ def guarded(main):
         raise SystemExit(f"{str(error).splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU") from None
     except (OSError, RuntimeError, ValueError) as error:
         text = str(error).strip()
-        if "DataLoader worker" in text:
+        if "DataLoader" in text:  # a data worker died, or gave nothing for so long that it counts as hanging
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             time.sleep(0.5)  # a signal to the whole process group kills the workers first
             if hasattr(stop, "status"):
                 raise SystemExit(stop.status) from None
-        known = ("DataLoader worker", "CUDA error", "cuDNN error", "NCCL", "Gloo", "gloo", "allocate memory")
+            print(f"{text.splitlines()[-1]}; the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(1)  # an ordinary exit would wait for a worker that hangs
+        if any(word in text for word in TOO_SMALL):
+            raise SystemExit(f"{text.splitlines()[0]}: --image-size or --batch-size is too small for this network") from None
+        if isinstance(error, (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+            raise SystemExit(f"{error.filename}: {error.strerror}; see to it, or name another folder with --runs") from None
+        if isinstance(error, ValueError) and any(word in text for word in datasets.UNREADABLE):
+            raise SystemExit(f"{text}; put that file back, and the same command goes on after the last finished epoch") from None
+        known = ("CUDA error", "cuDNN error", "NCCL", "Gloo", "gloo", "allocate memory")
         if isinstance(error, OSError) or any(word in text for word in known):
             raise SystemExit(f"{text.splitlines()[-1]}; the same command goes on after the last finished epoch") from None
         raise
@@ -697,13 +737,15 @@ def main():
     runs, init = pathlib.Path(args.runs), args.init.split("=", 1)[0]
     if args.init not in models.INITS and "=" not in args.init and not (runs / "pretrain" / args.model / args.init).is_dir():
         parser.error(f"--init {args.init}: not one of {', '.join(models.INITS)}, and no pre-training of that name in {runs}/pretrain/{args.model}")
+    if "=" in args.init and (not re.fullmatch(r"\w[\w.+-]*", init) or init in ("random", "imagenet")):
+        parser.error(f"--init {args.init}: NAME=PATH takes a name of letters, digits, . + - that is not random or imagenet")
     settings = options(args, parser)
+    weights, status = initial_weights(runs, args.model, args.init, args.weights), 0
     cells, info = open_checked(args.data, runs)
     cells, parts = from_rank_0(lambda: open_split(runs / "split.csv", cells, {path for path, _ in info["unreadable"]}))
     folds = range(parts.shape[1]) if args.fold is None else args.fold
     if not all(0 <= fold < parts.shape[1] for fold in folds):
         parser.error(f"--fold {' '.join(map(str, folds))}: {runs}/split.csv has folds 0 to {parts.shape[1] - 1}")
-    weights, status = initial_weights(runs, args.model, args.init, args.weights), 0
     for fold in folds:
         folder = runs / "train" / args.model / init
         status = run(folder / f"fold{fold}", folder, cells, info, parts, model=args.model, init=init, weights=weights, fold=fold,
