@@ -1,0 +1,365 @@
+"""Tests between strategies: comparisons.csv, the marks of Table 4, and how often a difference is claimed that is none.
+
+Truth comes from fractions worked out by hand and the t distribution's closed form for 4 degrees of freedom, from the
+numbers that scikit-learn's documentation prints ('Statistical comparison of models using grid search'), from SciPy's
+binomtest, from the definition of Holm's procedure, from scikit-learn's scores of the same files, and from simulation.
+"""
+import itertools
+import json
+import math
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.datasets import make_moons
+from sklearn.metrics import f1_score
+from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
+from sklearn.svm import SVC
+from test_metrics import cells_of, command, read_csv, simulate, write_predictions
+
+import evaluate
+
+RATIO = Fraction(20, 64)        # of the paper's split: 20% tested, 64% trained on
+
+
+# ---------------------------------------------------------------- corrected resampled t-test
+def two_sided(t):
+    """P(|T| > t) for 4 degrees of freedom, in closed form."""
+    s = 1 + t * t / 4
+    return 1 - 3 / 4 * t / math.sqrt(s) * (1 - t * t / s / 12)
+
+
+def test_the_corrected_t_test_by_hand():
+    """Differences 2, 4, 4, 6, 9 hundredths: mean 5, squares 9 + 1 + 1 + 1 + 16 = 28, so s² = 7; variance 7 (1/5 + 5/16)."""
+    differences = [Fraction(d, 100) for d in (2, 4, 4, 6, 9)]
+    variance = Fraction(7, 10000) * (Fraction(1, 5) + RATIO)
+    assert Fraction(5, 100) ** 2 / variance == Fraction(2000, 287)
+    t = math.sqrt(2000 / 287)
+    mean, low, high, p, error = evaluate.corrected_t_test(list(map(float, differences)), float(RATIO))
+    assert (mean, error) == pytest.approx((0.05, math.sqrt(variance)))
+    assert p == pytest.approx(two_sided(t)) and round(float(p), 3) == 0.058, "the plain t-test says 0.013"
+    assert (low, high) == pytest.approx((0.05 - 2.776445 * error, 0.05 + 2.776445 * error)), "2.776445: the tables' t for 97.5% and 4"
+    assert evaluate.corrected_t_test(list(map(float, differences)), 0)[3] == pytest.approx(two_sided(0.05 / math.sqrt(7e-4 / 5)))
+
+
+def test_the_interval_is_that_of_which_the_test_does_not_reject_a_difference():
+    differences = np.array([0.02, 0.04, 0.04, 0.06, 0.09])
+    _, low, high, _, _ = evaluate.corrected_t_test(differences, 0.3)
+    for end in (low, high):
+        assert evaluate.corrected_t_test(differences - end, 0.3)[3] == pytest.approx(0.05)
+
+
+def test_scikit_learns_published_comparison():
+    """Its page prints, for 10 times 10-fold cross-validation on 100 points, t and a one-sided p; uncorrected 2.611 and 0.005.
+
+    In the table of all pairs p is multiplied by their number, 6, and 1 at most.
+    """
+    x, y = make_moons(noise=0.352, random_state=1, n_samples=100)
+    folds = RepeatedStratifiedKFold(n_splits=10, n_repeats=10, random_state=0)
+    networks = {"rbf": SVC(), "linear": SVC(kernel="linear"), "3_poly": SVC(kernel="poly"), "2_poly": SVC(kernel="poly", degree=2)}
+    scores = {name: cross_val_score(network, x, y, scoring="roc_auc", cv=folds) for name, network in networks.items()}
+
+    def t_and_p(one, other, ratio=10 / 90):
+        mean, _, _, p, error = evaluate.corrected_t_test(scores[one] - scores[other], ratio)
+        return round(float(mean / error), 3), float(p) / 2
+    t, p = t_and_p("rbf", "linear")
+    assert (t, round(p, 3)) == (0.750, 0.227)
+    t, p = t_and_p("rbf", "linear", ratio=0)
+    assert (t, round(p, 3)) == (2.611, 0.005)
+    table = {("rbf", "linear"): (0.750, 1.000), ("rbf", "3_poly"): (1.657, 0.302), ("rbf", "2_poly"): (4.565, 0.000),
+             ("linear", "3_poly"): (1.111, 0.807), ("linear", "2_poly"): (4.276, 0.000), ("3_poly", "2_poly"): (3.851, 0.001)}
+    for pair, published in table.items():
+        t, p = t_and_p(*pair)
+        assert (t, round(min(1, 6 * p), 3)) == published
+
+
+@pytest.mark.parametrize("differences", [[0.1], [0.1, 0.1, 0.1, 0.1, 0.1], [0, 0]])
+def test_without_spread_there_is_no_test(differences):
+    """One fold, or the same difference in all."""
+    mean, *others = evaluate.corrected_t_test(differences, 0.3)
+    assert mean == pytest.approx(np.mean(differences)) and np.isnan(others).all()
+
+
+# ---------------------------------------------------------------- false alarms
+def false_alarms(correlations, repetitions=20000, k=5, ratio=float(RATIO), seed=0):
+    """[(correlation between folds, share of p < 0.05 by the corrected test, by the plain t-test)] where there is no difference.
+
+    Normal differences of k folds, any two of them correlated alike, as folds that share training images are.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for correlation in correlations:
+        shared, own = rng.normal(size=(repetitions, 1)), rng.normal(size=(repetitions, k))
+        differences = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+        corrected, plain = evaluate.corrected_t_test(differences, ratio)[3], stats.ttest_1samp(differences, 0, axis=1).pvalue
+        rows.append((correlation, float((corrected < 0.05).mean()), float((plain < 0.05).mean())))
+    return rows
+
+
+def expected_alarms(correlation, factor, k=5):
+    """The exact share: t is then Student's, times the root of (1/k + (k-1)/k rho) / ((1 - rho) factor)."""
+    inflation = math.sqrt((1 + (k - 1) * correlation) / k / (1 - correlation) / factor)
+    return 2 * stats.t.sf(stats.t.ppf(0.975, k - 1) / inflation, k - 1)
+
+
+def test_false_alarms_at_most_5_percent_up_to_a_correlation_of_a_fifth():
+    """A fold's training part is 64% of the images, so two share much of theirs; no correlation is known, 0.2 is a usual guess."""
+    print("correlation, corrected, plain t-test")
+    for correlation, corrected, plain in false_alarms((0, 0.1, 0.2, 0.3)):
+        print(f"{correlation:.1f} {corrected:.4f} {plain:.4f}")
+        margin = 4 * math.sqrt(0.05 * 0.95 / 20000)
+        assert corrected <= 0.05 + margin or correlation > 0.2
+        assert (plain > 0.05 + margin) == (correlation > 0), "the plain test keeps its level for independent folds alone"
+        for share, factor in ((corrected, 1 / 5 + float(RATIO)), (plain, 1 / 5)):
+            exact = expected_alarms(correlation, factor)
+            assert abs(share - exact) < 4 * math.sqrt(exact * (1 - exact) / 20000)
+
+
+def test_false_alarms_are_5_percent_at_the_correlation_that_nadeau_and_bengio_assume():
+    """Test images / (test images + images fitted on), of which the corrected variance is free of bias: neither more nor fewer."""
+    (_, corrected, _), = false_alarms([float(RATIO / (1 + RATIO))], repetitions=100000)
+    assert abs(corrected - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 100000)
+
+
+# ---------------------------------------------------------------- Holm, McNemar, Wilson
+@pytest.mark.parametrize("p, adjusted", [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),          # times 4, 3, 2, 1 in ascending order: .02 .03 .06 .04, no falling back
+    ([0.5, 0.6], [1, 1]), ([0.02], [0.02]), ([], []), ([0.03, 0.03, 0.03], [0.09, 0.09, 0.09]),
+    ([0.02, np.nan, 0.04], [0.04, np.nan, 0.04]), ([np.nan], [np.nan])])
+def test_holm_by_hand(p, adjusted):
+    """A comparison that can't be tested doesn't count."""
+    assert evaluate.holm(p) == pytest.approx(adjusted, nan_ok=True)
+
+
+def rejected_by_holm(p, level):
+    """The procedure as it is defined: from the smallest p on, until one is above level / (number that remain)."""
+    rejected = [False] * len(p)
+    for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[i] > level / (len(p) - step):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def test_adjusted_p_values_reject_what_holms_procedure_rejects():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        p = (rng.random(rng.integers(1, 25)) ** rng.integers(1, 5)).tolist()
+        for level in (0.01, 0.05, 0.2):
+            assert (evaluate.holm(p) <= level).tolist() == rejected_by_holm(p, level)
+
+
+def test_mcnemars_test_is_the_binomial_test_of_the_images_that_one_has_right():
+    for first, second in itertools.product(range(0, 40, 3), range(0, 60, 4)):
+        if first + second:
+            assert evaluate.mcnemar(first, second) == pytest.approx(stats.binomtest(first, first + second).pvalue)
+    assert evaluate.mcnemar([7, 0], [0, 9]) == pytest.approx([2 / 2 ** 7, 2 / 2 ** 9]), "by hand: 7 coins that all fall alike"
+    assert evaluate.mcnemar(5, 5) == 1 and np.isnan(evaluate.mcnemar(0, 0))
+
+
+def test_wilsons_interval():
+    for total in (1, 2, 8, 47, 29424):
+        for correct in {0, 1, total // 3, total - 1, total}:
+            theirs = stats.binomtest(correct, total).proportion_ci(0.95, method="wilson")
+            assert evaluate.wilson(correct, total) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert np.isnan(evaluate.wilson(0, 0)).all()
+
+
+# ---------------------------------------------------------------- comparisons.csv
+COUNTS = {"NGB": 60, "LYT": 45, "BLA": 80, "FGC": 12}
+NETWORKS = {("resnet152", "random"): 0.5, ("resnet152", "imagenet"): 0.75, ("resnet152", "cd"): 0.7, ("vit_l_32", "random"): 0.3,
+            ("vit_l_32", "imagenet"): 0.85, ("vit_l_32", "imagenet+cd"): 0.88, ("alexnet", "cd"): 0.6}
+BEST = ("vit_l_32", "imagenet+cd")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(runs, answers, comparisons, Markdown of Table 4); vit_l_32 random has folds 1, 3 and 4 only, else it were the best."""
+    runs = tmp_path_factory.mktemp("study") / "runs"
+    answers = simulate(runs, COUNTS, NETWORKS)
+    for fold in (0, 2):
+        shutil.rmtree(runs / f"train/vit_l_32/random/fold{fold}")
+        del answers[("vit_l_32", "random"), fold]
+    for fold in (1, 3, 4):                                  # all right but for as many images as the fold's number
+        rows = read_csv(runs / f"train/vit_l_32/random/fold{fold}/predictions.csv")
+        labels = [row["label"] for row in rows]
+        predictions = ["BLA"] * fold + labels[fold:]
+        write_predictions(runs, ("vit_l_32", "random"), fold, zip([row["path"] for row in rows], labels, predictions), list(COUNTS))
+        answers[("vit_l_32", "random"), fold] = labels, predictions
+    assert command("--runs", runs)[0] == 0
+    return runs, answers, read_csv(runs / "results/comparisons.csv"), (runs / "results/table4.md").read_text()
+
+
+def pair(row):
+    """The two runs that a row compares."""
+    return (row["model"], row["init"]), (row["against_model"], row["against_init"])
+
+
+def macro_f1(answers, run):
+    """{fold: macro F1 by scikit-learn}; each fold tests all four classes."""
+    return {k: f1_score(*answers[run, k], average="macro", zero_division=0) for k in range(5) if (run, k) in answers}
+
+
+def differences(answers, one, other):
+    """Differences of macro F1 in the folds that both have, and the images tested there."""
+    scores, others = macro_f1(answers, one), macro_f1(answers, other)
+    folds = sorted(set(scores) & set(others))
+    return np.array([scores[k] - others[k] for k in folds]), sum(len(answers[one, k][0]) for k in folds)
+
+
+def test_the_best_is_sought_among_the_rows_with_the_most_folds(study):
+    """By scikit-learn, vit_l_32 random scores highest of all on its three folds."""
+    _, answers, comparisons, _ = study
+    scores = {run: np.mean(list(macro_f1(answers, run).values())) for run in NETWORKS}
+    assert sorted(scores, key=scores.get)[-2:] == [BEST, ("vit_l_32", "random")]
+    assert {pair(row)[1] for row in comparisons if row["family"] == "best"} == {BEST}
+
+
+def test_two_families_every_run_with_the_best_and_every_init_with_imagenet_of_its_model(study):
+    families = {family: [pair(row) for row in study[2] if row["family"] == family and not row["class"]] for family in ("best", "imagenet")}
+    assert sorted(families["best"]) == sorted((run, BEST) for run in NETWORKS if run != BEST)
+    assert sorted(families["imagenet"]) == sorted((run, (run[0], "imagenet")) for run in NETWORKS
+                                                  if run[1] != "imagenet" and run[0] != "alexnet")
+    assert {row["family"] for row in study[2]} == set(families)
+
+
+def test_macro_f1_is_compared_by_the_corrected_t_test_over_the_folds_of_both(study):
+    """Against scikit-learn's macro F1 and SciPy's t; of 197 images a fold tests a fifth, the other four are trained on."""
+    runs, answers, comparisons, _ = study
+    for row in (row for row in comparisons if not row["class"]):
+        each, images = differences(answers, *pair(row))
+        k = len(each)
+        assert (int(row["folds"]), int(row["images"])) == (k, images) and k == (3 if ("vit_l_32", "random") in pair(row) else 5)
+        train = 197 - images / k                                # on average over the folds compared
+        error = math.sqrt(each.var(ddof=1) * (1 / k + images / k / train))
+        assert float(row["difference"]) == pytest.approx(each.mean(), rel=1e-4, abs=1e-6)
+        assert float(row["p"]) == pytest.approx(2 * stats.t.sf(abs(each.mean()) / error, k - 1), rel=1e-4)
+        half = stats.t.ppf(0.975, k - 1) * error
+        assert (float(row["low"]), float(row["high"])) == pytest.approx((each.mean() - half, each.mean() + half), rel=1e-3, abs=1e-5)
+
+
+def test_holm_is_taken_over_the_pairs_of_each_family(study):
+    """By the definition, at the levels that each p_holm itself sets: just above it is rejected, just below it isn't."""
+    for family, size in (("best", 6), ("imagenet", 4)):
+        rows = [row for row in study[2] if row["family"] == family and not row["class"]]
+        p, adjusted = ([float(row[key]) for row in rows] for key in ("p", "p_holm"))
+        assert len(p) == size
+        for i, level in enumerate(adjusted):
+            assert rejected_by_holm(p, level * 1.0001)[i] or level == 1
+            assert not rejected_by_holm(p, level * 0.9999)[i]
+
+
+def test_the_smallest_difference_is_what_holms_first_step_asks_for(study):
+    """A difference of that size at the same spread has p = 0.05 / (pairs of the family)."""
+    _, answers, comparisons, _ = study
+    for family, size in (("best", 6), ("imagenet", 4)):
+        for row in (row for row in comparisons if row["family"] == family and not row["class"]):
+            each, images = differences(answers, *pair(row))
+            k = len(each)
+            error = math.sqrt(each.var(ddof=1) * (1 / k + images / (197 * k - images)))
+            p = 2 * stats.t.sf(float(row["smallest_difference"]) / error, k - 1)
+            assert p == pytest.approx(0.05 / size, rel=1e-3)
+
+
+def test_recalls_are_compared_by_mcnemars_test_of_all_folds_images(study):
+    """Counted image by image from the files; p adjusted over the classes of a pair."""
+    _, answers, comparisons, _ = study
+    for one, other in {pair(row) for row in comparisons}:
+        for family in {row["family"] for row in comparisons if pair(row) == (one, other)}:
+            rows = [row for row in comparisons if row["family"] == family and pair(row) == (one, other) and row["class"]]
+            assert [row["class"] for row in rows] == ["NGB", "LYT", "BLA", "FGC"]
+            images = [image for k in range(5) if (one, k) in answers and (other, k) in answers
+                      for image in zip(*answers[one, k], answers[other, k][1])]
+            for row in rows:
+                mine = [(label == a, label == b) for label, a, b in images if label == row["class"]]
+                only = mine.count((True, False)), mine.count((False, True))
+                assert (int(row["images"]), int(row["only_first"]), int(row["only_second"])) == (len(mine), *only)
+                assert float(row["difference"]) == pytest.approx((only[0] - only[1]) / len(mine), abs=1e-6)
+                p = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else float("nan")
+                assert float(row["p"] or "nan") == pytest.approx(p, rel=1e-4, nan_ok=True)
+                assert row["low"] == row["high"] == row["smallest_difference"] == ""
+            told = [row for row in rows if row["p"]]
+            p, adjusted = ([float(row[key]) for row in told] for key in ("p", "p_holm"))
+            assert [value <= 0.05 for value in adjusted] == rejected_by_holm(p, 0.05)
+
+
+def test_table_5_gives_wilsons_interval_of_all_folds_images(study):
+    runs, answers, _, _ = study
+    for run in NETWORKS:
+        images = [image for k in range(5) if (run, k) in answers for image in zip(*answers[run, k])]
+        for row in read_csv(runs / f"results/table5_{'_'.join(run)}.csv"):
+            mine = [label == prediction for label, prediction in images if label == row["class"]]
+            interval = stats.binomtest(sum(mine), len(mine)).proportion_ci(0.95, method="wilson")
+            assert (float(row["recall_low"]), float(row["recall_high"])) == pytest.approx((interval.low, interval.high), rel=1e-4)
+
+
+def test_the_marks_of_table_4(study):
+    """* the best, = not told from it at p_holm >= 0.05, nothing if told from it."""
+    p = {pair(row)[0]: float(row["p_holm"]) for row in study[2] if row["family"] == "best" and not row["class"]}
+    names = {"ResNet-152": "resnet152", "ViT_l_32": "vit_l_32", "Random": "random", "ImageNet": "imagenet", "CD": "cd",
+             "ImageNet + CD": "imagenet+cd"}
+    marks = {(names.get(cells[0], cells[0]), names[cells[1]]): cells[6] for cells in cells_of(study[3])[2:]}
+    assert marks == {run: "*" if run == BEST else "=" if p[run] >= 0.05 else "" for run in NETWORKS}
+    assert set(marks.values()) == {"*", "=", ""}, "all kinds are in the study"
+
+
+def test_the_sentences_below_table_4(study):
+    """The range of smallest differences, and who is told from ImageNet of the same model, in numbers of comparisons.csv."""
+    rows = {family: [row for row in study[2] if row["family"] == family and not row["class"]] for family in ("best", "imagenet")}
+    needed = sorted(float(row["smallest_difference"]) for row in rows["best"])
+    assert f"could have shown: {needed[0]:.3f} to {needed[-1]:.3f}" in study[3] and "Holm over 6" in study[3]
+    line = next(line for line in study[3].splitlines() if line.startswith("- Told from ImageNet"))
+    told = [row for row in rows["imagenet"] if float(row["p_holm"]) < 0.05]
+    assert 0 < len(told) < 4 and "Holm over 4" in line
+    assert line.count("+0.") + line.count("-0.") == len(told) and all(f"{float(row['difference']):+.3f}" in line for row in told)
+
+
+def two_networks(folder, accuracies, config=None, images=20):
+    """Runs m a and m b of two classes in as many folds as there are pairs of images right of class a; class b is always right."""
+    for fold, pair_of in enumerate(accuracies):
+        for init, right in zip(("a", "b"), pair_of):
+            rows = [(f"{fold}-{i}", "a" if i < images else "b", "a" if i < right else "b") for i in range(2 * images)]
+            file = write_predictions(folder, ("m", init), fold, rows, "ab")
+            if config:
+                file.with_name("config.json").write_text(json.dumps(config))
+    status, _, err = command("--runs", folder)
+    assert (status, err) == (0, "")
+    return read_csv(folder / "results/comparisons.csv"), (folder / "results/table4.md").read_text()
+
+
+@pytest.mark.parametrize("accuracies", [[(15, 10)] * 5, [(15, 10)], [(15, 15)] * 3])
+def test_zero_variance_gives_an_empty_p(tmp_path, accuracies):
+    """The same difference in every fold, or a single fold: no p, no interval, and a question mark in Table 4."""
+    rows, markdown = two_networks(tmp_path, accuracies)
+    macro, = (row for row in rows if not row["class"])
+    assert [macro[key] for key in ("low", "high", "p", "p_holm", "smallest_difference")] == [""] * 5
+    assert float(macro["difference"]) == pytest.approx(0, abs=1e-9) if accuracies[0] == (15, 15) else float(macro["difference"]) < 0
+    assert sorted(cells[6] for cells in cells_of(markdown)[2:]) == ["*", "?"]
+    assert "nan" not in markdown and "nan" not in (tmp_path / "results/comparisons.csv").read_text()
+
+
+@pytest.mark.parametrize("config, ratio", [(None, 0.20 / 0.64), ({"train_images": 50}, 40 / 50), ({"train_images": 400}, 40 / 400)])
+def test_without_a_split_the_ratio_is_the_runs_own_or_else_the_papers(tmp_path, config, ratio):
+    accuracies = [(15, 10), (14, 12), (17, 11), (13, 9), (16, 15)]
+    rows, _ = two_networks(tmp_path, accuracies, config)
+    macro, = (row for row in rows if not row["class"])
+    f1 = [[macro_f1_by_hand(right) for right in pair_of] for pair_of in accuracies]
+    each = np.diff(f1, axis=1)[:, 0]
+    error = math.sqrt(each.var(ddof=1) * (1 / 5 + ratio))
+    assert pair(macro) == (("m", "b"), ("m", "a"))
+    assert float(macro["p"]) == pytest.approx(2 * stats.t.sf(abs(each.mean()) / error, 4), rel=1e-4)
+
+
+def macro_f1_by_hand(right, images=20):
+    """Macro F1 by hand where `right` of a's images are right, the others taken for b, and b's all right."""
+    return (2 * right / (right + images) + 2 * images / (3 * images - right)) / 2
+
+
+def test_runs_without_a_common_fold_are_not_compared(tmp_path):
+    rows = [("1", "a", "a"), ("2", "b", "a")]
+    write_predictions(tmp_path, ("m", "x"), 0, rows, "ab")
+    write_predictions(tmp_path, ("m", "imagenet"), 1, [("3", "a", "a"), ("4", "b", "b")], "ab")
+    status, out, err = command("--runs", tmp_path)
+    assert (status, err) == (0, "") and not (tmp_path / "results/comparisons.csv").exists()
+    assert sorted(cells[6] for cells in cells_of(out)[2:]) == ["*", "?"]

@@ -1,0 +1,433 @@
+"""Tables 4 and 5: each score, mean, ± and column of evaluate.py.
+
+Truth comes from scikit-learn's precision_recall_fscore_support, f1_score and accuracy_score, from Python's statistics
+module, from counts by hand, and from the paper: its Table 5 has to give its Table 4 (paper/table4.csv, paper/table5.csv).
+"""
+import contextlib
+import csv
+import io
+import random
+import shutil
+import statistics
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+import evaluate
+
+SCORES = ("precision", "recall", "f1")
+TABLE4 = ("model,init,folds,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std,accuracy_mean,accuracy_std,"
+          "f1_fold_std,f1_common").split(",")
+TABLE5 = "class,images,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std".split(",")
+
+
+# ---------------------------------------------------------------- files as train.py leaves them, and the command
+def write_csv(file, rows):
+    """Rows of any names, as Python's csv module writes them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return file
+
+
+def read_csv(file):
+    """A list of dicts."""
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_predictions(runs, run, fold, rows, classes):
+    """predictions.csv of rows (path, label, prediction): 0.9 for the prediction, the others share the rest."""
+    rest = f"{0.1 / (len(classes) - 1):.7g}"
+    return write_csv(runs.joinpath("train", *run, f"fold{fold}", "predictions.csv"), [
+        ["path", "label", "prediction", *(f"p_{name}" for name in classes)],
+        *([*row, *("0.9" if name == row[2] else rest for name in classes)] for row in rows)])
+
+
+def simulate(runs, counts, networks, folds=5, seed=0):
+    """A study of `counts` {class: images}, split.csv and all; `networks` {(model, init): share that is right, the others at random}.
+
+    Images of a class are dealt to the folds in turn. Returns {((model, init), fold): (labels, predictions)}, lists of names.
+    """
+    rng, classes, answers = np.random.default_rng(seed), list(counts), {}
+    images = [(f"{name}/{i}.jpg", name, i % folds) for name, number in counts.items() for i in range(number)]
+    write_csv(runs / "split.csv", [["path", "label", *(f"fold{k}" for k in range(folds))], *(
+        [path, name, *("test" if k == fold else "train" for k in range(folds))] for path, name, fold in images)])
+    for run, right in networks.items():
+        for k in range(folds):
+            rows = [(path, name, name if rng.random() < right else classes[rng.integers(len(classes))])
+                    for path, name, fold in images if fold == k]
+            write_predictions(runs, run, k, rows, classes)
+            answers[run, k] = [row[1] for row in rows], [row[2] for row in rows]
+    return answers
+
+
+def command(*arguments):
+    """evaluate.py's main() without a new Python's seconds: (exit status, stdout, stderr)."""
+    out, err, status, message = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO(), 0, ""
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with mock.patch.object(sys, "argv", ["evaluate.py", *map(str, arguments)]):
+                evaluate.main()
+        except SystemExit as end:
+            status, message = (end.code or 0, "") if isinstance(end.code, int | None) else (1, f"{end.code}\n")
+    out.flush()
+    return status, out.buffer.getvalue().decode(), err.getvalue() + message
+
+
+# ---------------------------------------------------------------- one study, read through its files
+COUNTS = {"FGC": 23, "LYT": 99, "NGB": 120, "ABE": 3, "BLA": 100, "HAC": 1, "EOS": 60}     # in no order that matters
+NETWORKS = {("vit_l_32", "imagenet"): 0.8, ("resnet152", "mine"): 0.5, ("resnet152", "random"): 0.7,
+            ("resnext50_32x4d", "random"): 0.6, ("alexnet", "random"): 0.02, ("vit_l_32", "random"): 0.3}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(runs, answers, stdout of --compare paper/table4.csv); resnet152 mine has four folds, alexnet one, vit_l_32 random two."""
+    runs = tmp_path_factory.mktemp("study") / "runs"
+    answers = simulate(runs, COUNTS, NETWORKS)
+    unfinished = {("resnet152", "mine"): [1], ("alexnet", "random"): [0, 1, 2, 4], ("vit_l_32", "random"): [0, 3, 4]}
+    for (model, init), gone in unfinished.items():
+        for fold in gone:
+            shutil.rmtree(runs / "train" / model / init / f"fold{fold}")
+            del answers[(model, init), fold]
+    write_predictions(runs.joinpath("pretrain"), ("vgg19_bn", "cd"), 0, [("NGB/0.jpg", "NGB", "EOS")], list(COUNTS))  # is no run
+    write_csv(runs / "train/vgg19_bn/cd/fold0/val_predictions.csv", [["unfinished"]])
+    write_csv(runs / "train/vgg19_bn/cd/fold01/predictions.csv", [["a copy of somebody's"]])
+    status, out, err = command("--runs", runs, "--compare", ROOT / "paper/table4.csv")
+    assert (status, err) == (0, "")
+    return runs, answers, out
+
+
+def by_scikit_learn(answers, run):
+    """{class: {score: one value for each fold whose test set holds the class}}."""
+    values = {name: {score: [] for score in SCORES} for name in COUNTS}
+    for (of_run, _), (labels, predictions) in answers.items():
+        if of_run == run:
+            present = sorted(set(labels))
+            columns = precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0)[:3]
+            for score, column in zip(SCORES, columns):
+                for name, value in zip(present, column):
+                    values[name][score].append(float(value))
+    return values
+
+
+def number(cell):
+    """A cell of a CSV; NaN for an empty one, and nothing else."""
+    assert cell.lower() not in ("nan", "none", "inf")
+    return float(cell or "nan")
+
+
+def std(values):
+    """Sample standard deviation by Python's statistics; NaN of fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def mean(values):
+    """Mean of those that are no NaN; NaN of none."""
+    values = [value for value in values if value == value]
+    return statistics.fmean(values) if values else float("nan")
+
+
+# ---------------------------------------------------------------- scores of one fold
+@pytest.mark.parametrize("seed", range(20))
+def test_scores_of_a_class_agree_with_scikit_learn(seed):
+    """Up to 21 classes, often some of them never predicted or absent."""
+    rng = np.random.default_rng(seed)
+    classes, images = rng.integers(2, 22), rng.integers(1, 60)
+    labels, predictions = rng.integers(0, classes, (2, images))
+    theirs = np.array(precision_recall_fscore_support(labels, predictions, labels=range(classes), zero_division=0)[:3])
+    theirs[:, np.bincount(labels, minlength=classes) == 0] = np.nan
+    np.testing.assert_allclose(evaluate.per_class_scores(labels, predictions, classes), theirs, rtol=1e-12)
+
+
+def test_scores_by_hand():
+    """Class 2 is never predicted: zero. Class 3 has no image: left out, though one image of class 0 was taken for it."""
+    labels, predictions = [0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 3, 1, 0, 0]
+    precision, recall, f1 = evaluate.per_class_scores(labels, predictions, 4)
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert precision.tolist() == [2 / 4, 1 / 2, 0, nan]
+    assert recall.tolist() == [2 / 4, 1 / 2, 0, nan]
+    assert f1.tolist() == [2 / 4, 1 / 2, 0, nan]
+
+
+def test_f1_is_the_harmonic_mean():
+    """Precision 3/4, recall 3/5: 2 * 9/20 / (27/20) = 2/3."""
+    labels, predictions = [0] * 5 + [1] * 5, [0, 0, 0, 1, 1] + [0, 1, 1, 1, 1]
+    precision, recall, f1 = (column[0] for column in evaluate.per_class_scores(labels, predictions, 2))
+    assert (precision, recall, f1) == pytest.approx((3 / 4, 3 / 5, 2 / 3))
+
+
+def test_the_standard_deviation_is_the_samples():
+    """Of 1, 2, 4: mean 7/3, squares 16/9 + 1/9 + 25/9 = 14/3, over n - 1 = 2 it is 7/3."""
+    average, spread = evaluate.moments([1, 2, 4])
+    assert (average, spread) == pytest.approx(((7 / 3), (7 / 3) ** 0.5))
+    values = np.random.default_rng(0).random((5, 7))
+    assert evaluate.moments(values)[1] == pytest.approx([statistics.stdev(column) for column in values.T.tolist()])
+
+
+# ---------------------------------------------------------------- the paper's own numbers
+@pytest.fixture
+def published(monkeypatch):
+    """The paper's Table 5 in place of what is scored; ResNeXt's columns left aside."""
+    table5 = read_csv(ROOT / "paper/table5.csv")
+    average, spread = (np.array([[float(row[f"{score}_{what}"]) for row in table5] for score in SCORES]) for what in ("mean", "std"))
+    folds = np.array([average - spread / 2 ** 0.5, average + spread / 2 ** 0.5])   # two values of this mean and sample std
+    monkeypatch.setattr(evaluate, "fold_scores", lambda _: folds)
+    confusion = np.eye(21, dtype=int)
+    run = {k: evaluate.Fold(None, None, None, confusion, 1.0) for k in range(2)}
+    images = np.array([int(row["images"]) for row in table5])
+    return table5, evaluate.Study([row["class"] for row in table5], images, {("regnet_y_32gf", "imagenet+cd"): run}, [], [])
+
+
+def test_the_published_table_5_gives_the_published_table_4(published):
+    """Mean over classes of the means, ± the mean over classes of the stds: 0.787 ± 0.060, 0.755 ± 0.061, 0.762 ± 0.050."""
+    row, = evaluate.table4_rows(published[1])
+    theirs = next(row for row in read_csv(ROOT / "paper/table4.csv") if (row["model"], row["init"]) == ("regnet_y_32gf", "imagenet+cd"))
+    assert [theirs[f"{score}_{what}"] for score in SCORES for what in ("mean", "std")] == "0.787 0.060 0.755 0.061 0.762 0.050".split()
+    for score in SCORES:
+        for what in ("mean", "std"):
+            assert f"{row[f'{score}_{what}']:.3f}" == theirs[f"{score}_{what}"]
+
+
+def test_the_last_row_of_table_5_is_its_row_in_table_4(published):
+    """As printed, from the published numbers."""
+    rows = evaluate.table5_rows(published[1], "regnet_y_32gf", "imagenet+cd")
+    *_, last = evaluate.table5_text(rows).splitlines()
+    assert [cell.strip() for cell in last.split("|")[1:5]] == ["mean", "0.787 ± 0.060", "0.755 ± 0.061", "0.762 ± 0.050"]
+
+
+def test_four_classes_of_the_paper_have_fewer_than_100_images(published):
+    """f1_common leaves KSC, ABE, LYI and FGC out; the mean of the other 17 by hand from the published column."""
+    table5, study = published
+    rare = {row["class"] for row in table5 if int(row["images"]) < 100}
+    assert rare == {"KSC", "ABE", "LYI", "FGC"}
+    common = statistics.fmean(float(row["f1_mean"]) for row in table5 if row["class"] not in rare)
+    assert evaluate.table4_rows(study)[0]["f1_common"] == pytest.approx(common)
+
+
+# ---------------------------------------------------------------- the files
+def test_table_4_has_the_columns_agreed_upon(study):
+    with open(study[0] / "results/table4.csv", newline="") as stream:
+        assert next(csv.reader(stream)) == TABLE4
+
+
+def test_table_5_begins_with_the_columns_agreed_upon(study):
+    """After them: the ends of an interval for the recall of all folds' images."""
+    for model, init in NETWORKS:
+        with open(study[0] / f"results/table5_{model}_{init}.csv", newline="") as stream:
+            assert next(csv.reader(stream)) == [*TABLE5, "recall_low", "recall_high"]
+
+
+@pytest.mark.parametrize("run", NETWORKS)
+def test_table_5_holds_mean_and_std_over_the_folds_that_test_the_class(study, run):
+    """ABE's 3 images are tested in folds 0 to 2, the one HAC in fold 0: of one value there is no std, of none no mean."""
+    values = by_scikit_learn(study[1], run)
+    for row in read_csv(study[0] / f"results/table5_{'_'.join(run)}.csv"):
+        for score, of_folds in values[row["class"]].items():
+            assert number(row[f"{score}_mean"]) == pytest.approx(mean(of_folds), rel=1e-5, nan_ok=True)
+            assert number(row[f"{score}_std"]) == pytest.approx(std(of_folds), rel=1e-5, nan_ok=True)
+
+
+def test_the_images_of_table_5_are_those_of_the_data_set(study):
+    for model, init in NETWORKS:
+        assert {row["class"]: int(row["images"]) for row in read_csv(study[0] / f"results/table5_{model}_{init}.csv")} == COUNTS
+
+
+@pytest.mark.parametrize("run", NETWORKS)
+def test_table_4_is_the_mean_over_classes_of_table_5(study, run):
+    row = next(row for row in read_csv(study[0] / "results/table4.csv") if (row["model"], row["init"]) == run)
+    values = by_scikit_learn(study[1], run).values()
+    for score in SCORES:
+        assert number(row[f"{score}_mean"]) == pytest.approx(mean(mean(one[score]) for one in values), rel=1e-5)
+        assert number(row[f"{score}_std"]) == pytest.approx(mean(std(one[score]) for one in values), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("run", NETWORKS)
+def test_the_other_columns_of_table_4(study, run):
+    """f1_fold_std: the std of each fold's macro F1; f1_common: without the classes of 99 images and fewer."""
+    row = next(row for row in read_csv(study[0] / "results/table4.csv") if (row["model"], row["init"]) == run)
+    folds = [answer for (of_run, _), answer in study[1].items() if of_run == run]
+    accuracies = [accuracy_score(*answer) for answer in folds]
+    macro = [f1_score(*answer, labels=sorted(set(answer[0])), average="macro", zero_division=0) for answer in folds]
+    common = [mean(one["f1"]) for name, one in by_scikit_learn(study[1], run).items() if name in ("NGB", "BLA")]
+    assert int(row["folds"]) == len(folds)
+    assert number(row["accuracy_mean"]) == pytest.approx(mean(accuracies), rel=1e-5)
+    assert number(row["accuracy_std"]) == pytest.approx(std(accuracies), rel=1e-5, nan_ok=True)
+    assert number(row["f1_fold_std"]) == pytest.approx(std(macro), rel=1e-4, nan_ok=True)
+    assert number(row["f1_common"]) == pytest.approx(mean(common), rel=1e-5)
+
+
+def test_a_study_that_has_come_halfway_says_how_many_folds_a_row_has(study):
+    """Neither a pre-training, nor an unfinished fold, nor a folder that is called fold01 is a run."""
+    folds = {(row["model"], row["init"]): row["folds"] for row in read_csv(study[0] / "results/table4.csv")}
+    assert folds == {("resnet152", "random"): "5", ("resnet152", "mine"): "4", ("vit_l_32", "random"): "2", ("vit_l_32", "imagenet"): "5",
+                     ("resnext50_32x4d", "random"): "5", ("alexnet", "random"): "1"}
+    assert not list((study[0] / "results").glob("*vgg19_bn*"))
+
+
+def test_a_class_that_a_fold_does_not_test_is_named(study):
+    notes = [line for line in study[2].splitlines() if "no test image" in line]
+    assert [note.lstrip("- ").split(":")[0] for note in notes] == [
+        "Fold 1 has no test image of HAC", "Fold 2 has no test image of HAC", "Fold 3 has no test image of HAC",
+        "Fold 3 has no test image of ABE", "Fold 4 has no test image of HAC", "Fold 4 has no test image of ABE"]
+    assert notes == [line for line in (study[0] / "results/table4.md").read_text().splitlines() if "no test image" in line]
+
+
+def test_a_class_left_out_of_a_fold_by_hand(tmp_path):
+    """a: recalls 1 and 1/2. b is tested in fold 0 alone and right there: 1, without a std. c never predicted: 0 and 0."""
+    write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "b"), ("3", "c", "a")], "abc")
+    write_predictions(tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "c", "a")], "abc")
+    assert command("--runs", tmp_path)[0] == 0
+    a, b, c = read_csv(tmp_path / "results/table5_m_i.csv")
+    assert [number(row["recall_mean"]) for row in (a, b, c)] == [0.75, 1, 0] and b["recall_std"] == "" and c["recall_std"] == "0"
+    row, = read_csv(tmp_path / "results/table4.csv")
+    assert number(row["recall_mean"]) == pytest.approx((0.75 + 1 + 0) / 3, rel=1e-5)
+    assert number(row["recall_std"]) == pytest.approx((0.5 ** 0.5 / 2 + 0) / 2, rel=1e-5)       # of 1 and 1/2: sqrt(1/8)
+
+
+def test_a_class_counts_by_its_images_in_the_split_not_by_those_tested_so_far(tmp_path):
+    """100 of a and 99 of b, of which fold 0, the only one so far, tests 50 each, all taken for a: of a 1/2 and 1, so F1 is 2/3."""
+    counts = {"a": 100, "b": 99}
+    simulate(tmp_path, counts, {("m", "i"): 1}, folds=2)
+    shutil.rmtree(tmp_path / "train/m/i/fold1")
+    tested = read_csv(tmp_path / "train/m/i/fold0/predictions.csv")
+    write_predictions(tmp_path, ("m", "i"), 0, [(row["path"], row["label"], "a") for row in tested], list(counts))
+    assert command("--runs", tmp_path)[0] == 0
+    assert [row["images"] for row in read_csv(tmp_path / "results/table5_m_i.csv")] == ["100", "99"]
+    assert number(read_csv(tmp_path / "results/table4.csv")[0]["f1_common"]) == pytest.approx(2 / 3, rel=1e-5)
+
+
+def test_without_a_split_the_images_are_those_tested_so_far(tmp_path):
+    write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "b"), ("3", "b", "a")], "ab")
+    write_predictions(tmp_path, ("m", "j"), 0, [("1", "a", "a"), ("2", "b", "b"), ("3", "b", "a")], "ab")
+    write_predictions(tmp_path, ("m", "j"), 1, [("4", "b", "b")], "ab")
+    assert command("--runs", tmp_path)[0] == 0
+    assert [row["images"] for row in read_csv(tmp_path / "results/table5_m_i.csv")] == ["1", "3"]
+
+
+def cells_of(text):
+    """Rows of the tables in a Markdown text, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+
+
+def agree(cells, row):
+    """Are the cells '0.787 ± 0.060' for the three scores the numbers of a row of a CSV, to three decimals?"""
+    for cell, score in zip(cells, SCORES, strict=True):
+        numbers = [number(row[f"{score}_{what}"]) for what in ("mean", "std")]
+        there = [value for value in numbers if value == value]
+        shown = cell.split(" ± ") if cell else []
+        assert [len(part) for part in shown] == [5] * len(there) and list(map(float, shown)) == pytest.approx(there, abs=0.000501)
+    return True
+
+
+def test_the_tables_in_markdown_hold_the_numbers_of_the_csv(study):
+    results, (header, rule, *rows) = study[0] / "results", cells_of((study[0] / "results/table4.md").read_text())
+    table4 = read_csv(results / "table4.csv")
+    assert header[:6] == ["Model", "Pre-training", "Folds", "Precision", "Recall", "F1 score"] and set("".join(rule)) == {"-"}
+    assert [row[2] for row in rows] == [row["folds"] for row in table4] == ["5", "4", "2", "5", "5", "1"]
+    assert all(agree(row[3:6], one) for row, one in zip(rows, table4, strict=True))
+    assert ["ViT_l_32", "ImageNet"] in [row[:2] for row in rows]
+    for row in table4:
+        name = f"table5_{row['model']}_{row['init']}"
+        _, _, *rows, last = cells_of((results / f"{name}.md").read_text())
+        for cells, one in zip(rows, read_csv(results / f"{name}.csv"), strict=True):
+            assert cells[0].endswith(f"({one['class']})") and cells[4] == one["images"] and agree(cells[1:4], one)
+        assert last[0] == "mean" and agree(last[1:4], row)
+
+
+def test_table_4_is_printed_as_it_is_written(study):
+    assert (study[0] / "results/table4.md").read_text() in study[2]
+
+
+# ---------------------------------------------------------------- order
+def test_bone_marrow_classes_stand_in_the_order_of_the_papers_table_5(study):
+    order = [row["class"] for row in read_csv(ROOT / "paper/table5.csv")]
+    shuffled = random.Random(0).sample(order, 21)
+    assert shuffled != order and evaluate.class_order(shuffled) == order
+    written = [row["class"] for row in read_csv(study[0] / "results/table5_vit_l_32_imagenet.csv")]
+    assert written == [name for name in order if name in COUNTS] == ["NGB", "LYT", "EOS", "BLA", "HAC", "ABE", "FGC"]
+
+
+def test_other_classes_stand_in_alphabetical_order():
+    assert evaluate.class_order(["scc", "hsil", "asch"]) == ["asch", "hsil", "scc"]
+    assert evaluate.class_order(["NGB", "BLA", "zebra"]) == ["BLA", "NGB", "zebra"], "not a bone marrow data set"
+
+
+def test_the_order_of_a_files_columns_changes_nothing(tmp_path):
+    rows = [("1", "NGB", "NGB"), ("2", "BLA", "FGC"), ("3", "FGC", "FGC"), ("4", "FGC", "NGB")]
+    for order in (["NGB", "BLA", "FGC"], ["FGC", "NGB", "BLA"]):
+        one = evaluate.read_predictions(write_predictions(tmp_path, ("m", "i"), 0, rows, order))
+        assert one.classes == ["NGB", "BLA", "FGC"] and one.paths == ["1", "2", "3", "4"]
+        assert one.labels.tolist() == [0, 1, 2, 2] and one.predictions.tolist() == [0, 2, 2, 0]
+        assert one.probabilities.argmax(1).tolist() == [0, 2, 2, 0]
+
+
+def test_rows_stand_in_the_order_of_the_papers_table_4_then_by_name(tmp_path):
+    paper = [(row["model"], row["init"]) for row in read_csv(ROOT / "paper/table4.csv")]
+    mine = [("resnet152", "imagenet+mine"), ("resnet152", "mine"), ("alexnet", "cd"), ("mobilenet_v3_large", "random")]
+    for model, init in random.Random(0).sample(paper + mine, 29):
+        for fold in (10, 2):
+            write_csv(tmp_path / "train" / model / init / f"fold{fold}" / "predictions.csv", [])
+    found = evaluate.find_runs(tmp_path)
+    assert [run for run in found if run not in mine] == paper and set(found) == {*paper, *mine}
+    assert [init for model, init in found if model == "resnet152"][-2:] == ["imagenet+mine", "mine"]
+    assert list(found)[-2:] == mine[-2:] and all(list(folds) == [2, 10] for folds in found.values())
+
+
+# ---------------------------------------------------------------- beside the published numbers
+def comparison_in(out):
+    """The comparison that --compare prints below Table 4: {(model, pre-training): cells in groups of ours, theirs, difference}."""
+    lines = out.splitlines()
+    start = max(i for i, line in enumerate(lines) if "theirs" in line and line.startswith("|"))
+    table = cells_of("\n".join(lines[start:]))
+    assert table[0] == ["Model", "Pre-training", "Precision", "theirs", "diff.", "Recall", "theirs", "diff.", "F1 score", "theirs", "diff."]
+    return {tuple(row[:2]): [row[i:i + 3] for i in (2, 5, 8)] for row in table[2:]}
+
+
+def test_compare_prints_ours_theirs_and_the_difference(study):
+    ours = {(row["model"], row["init"]): row for row in read_csv(study[0] / "results/table4.csv")}
+    rows = comparison_in(study[2])
+    for name, run, theirs in ((("ViT_l_32", "ImageNet"), ("vit_l_32", "imagenet"), ("0.769", "0.687", "0.712")),
+                              (("ResNet-152", "Random"), ("resnet152", "random"), ("0.670", "0.731", "0.689"))):
+        for cells, score, published in zip(rows[name], SCORES, theirs):
+            mine = number(ours[run][f"{score}_mean"])
+            assert cells[1] == published and cells[2][0] in "+-"
+            assert (float(cells[0]), float(cells[2])) == pytest.approx((mine, mine - float(published)), abs=0.000501)
+
+
+def test_compare_prints_no_difference_where_one_side_is_missing(study):
+    rows = comparison_in(study[2])
+    assert rows["Regnet_y_32gf", "ImageNet + CD"] == [["", "0.787", ""], ["", "0.755", ""], ["", "0.762", ""]]
+    assert all(cells[0] and cells[1:] == ["", ""] for cells in rows["ResNet-152", "mine"])
+    assert len(rows) == 25 + 2, "the paper's, and the two that it has not"
+
+
+def test_the_resnext_row_is_quoted_without_a_difference(study):
+    """It is Matek et al.'s: other training, population std, F1 of the mean precision and recall."""
+    cells = comparison_in(study[2])["ResNeXt-50", "Random"]
+    assert [cell[1:] for cell in cells] == [["0.510", "quoted"], ["0.689", "quoted"], ["0.545", "quoted"]]
+    assert all(cell[0] for cell in cells), "ours stands there"
+    assert study[2].rstrip().splitlines()[-1].startswith("quoted: from Matek et al.")
+    assert study[2].count("quoted") == 4, "in no other row"
+
+
+def test_a_study_of_ones_own_is_compared_in_all_rows(study):
+    """Beside itself every difference is zero, ResNeXt's too, which is no quotation there."""
+    status, out, _ = command("--runs", study[0], "--compare", study[0] / "results/table4.csv")
+    assert status == 0 and "quoted" not in out
+    rows = comparison_in(out)
+    numbers = np.array(list(rows.values()), float)
+    assert len(rows) == 6 and abs(numbers[..., 0] - numbers[..., 1]).max() <= 0.0011 and abs(numbers[..., 2]).max() == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "a,b\n1,2\n", "model,init,precision_mean\nm,i,0.5\n"])
+def test_a_file_that_is_no_table_4_is_refused_in_one_line(study, tmp_path, content):
+    if content is not None:
+        (tmp_path / "other.csv").write_text(content)
+    status, out, err = command("--runs", study[0], "--compare", tmp_path / "other.csv")
+    assert status == 1 and out == "" and err.count("\n") == 1 and err.startswith(f"{tmp_path / 'other.csv'}: ")

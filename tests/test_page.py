@@ -1,0 +1,415 @@
+"""The page in a real headless Chromium: no console errors, nothing sticks out at 1280 and 390 pixels, all pictures load, verdicts export.
+
+Drives Debian's chromium over its DevTools pipe, without any library; skipped where there is none (apt-get install chromium).
+Run as a script, it leaves a simulated study to look at:    python tests/test_page.py FOLDER [images] [networks] [pre-trainings]
+"""
+import base64
+import csv
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import report  # noqa: E402
+
+BM = dict(zip(evaluate.CLASSES, (9968, 29424, 26242, 4040, 5883, 441, 3055, 6557, 11994, 11973, 7629, 42, 294, 19630, 3538, 2740, 27395,
+                                 409, 8, 65, 47)))
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+# ---------------------------------------------------------------- a simulated study
+def simulate_images(counts, seed=0, flipped=0.03):
+    """Features [N,8] and labels of images of classes with these counts, a share of them mislabelled; (features, labels, truth)."""
+    rng = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(len(counts)), counts)
+    centres = rng.normal(size=(len(counts), 8)) * 1.5
+    features = (centres[truth] + rng.normal(size=(len(truth), 8))).astype(np.float32)
+    wrong = rng.random(len(truth)) < flipped
+    labels = np.where(wrong, (truth + rng.integers(1, len(counts), len(truth))) % len(counts), truth)
+    for c in range(len(counts)):  # every class keeps its images
+        labels[np.flatnonzero(truth == c)[:4]] = c
+    return centres, features, labels, truth
+
+
+def write_predictions(file, paths, labels, probabilities, classes):
+    """A predictions.csv as train.py leaves it."""
+    text = "\n".join(map(",".join, np.char.mod("%.7g", probabilities)))
+    guesses = probabilities.argmax(1)
+    with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        out = csv.writer(handle)
+        out.writerow(["path", "label", "prediction", *(f"p_{name}" for name in classes)])
+        for path, label, guess, row in zip(paths, labels, guesses, text.split("\n")):
+            out.writerow([path, classes[label], classes[guess], *row.split(",")])
+
+
+def simulate_run(folder, fold, study, *, quality, seed, epochs=12, val=True):
+    """One fold of a configuration: predictions of a network whose idea of the classes is off by 1 / quality."""
+    classes, paths, labels, centres, features, parts = study
+    rng = np.random.default_rng([seed, fold])
+    folder.mkdir(parents=True)
+    believed = centres + rng.normal(size=centres.shape) / quality
+    for name, part in (("predictions.csv", "test"), ("val_predictions.csv", "val")):
+        if name == "predictions.csv" or val:
+            here = np.flatnonzero(parts[:, fold] == part)
+            logits = -0.8 * ((features[here, None] - believed) ** 2).sum(-1)
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            write_predictions(folder / name, paths[here], labels[here], p / p.sum(1, keepdims=True), classes)
+    write_log(folder / "log.csv", rng, epochs)
+    config = {"model": folder.parts[-3], "init": folder.parts[-2], "fold": fold, "epochs": epochs, "test_images": int((parts[:, fold] == "test").sum())}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_log(file, rng, epochs):
+    """A log.csv of this many epochs."""
+    with open(file, "w", newline="") as handle:
+        out = csv.writer(handle)
+        out.writerow("epoch lr train_loss val_loss val_accuracy images_per_second seconds".split())
+        for epoch in range(1, epochs + 1):
+            loss = 2.5 * np.exp(-epoch / 4) + 0.1
+            out.writerow([epoch, 0.01 if epoch < 8 else 0.001, loss, loss * rng.uniform(1, 1.3), 1 - loss / 3, 100, 12.5])
+
+
+def simulate_study(folder, *, models=("resnet152", "vit_l_32"), inits=("random", "imagenet", "imagenet+cd"), images=2500, folds=5, seed=0,
+                   names=(), pictures=40, cells=BM, val=True):
+    """Finished runs of `cells` {class: share} and some pictures; file names for the first mislabelled images. Returns Path of runs/."""
+    counts = np.maximum(np.array(list(cells.values())) * images // sum(cells.values()), 8)
+    classes = list(cells)
+    centres, features, labels, truth = simulate_images(counts, seed)
+    number = [0] * len(classes)
+    paths = []
+    for label in labels:
+        paths.append(f"{classes[label]}/0001-1000/{classes[label]}_{number[label]:05d}.jpg")
+        number[label] += 1
+    for i, name in zip(np.flatnonzero(labels != truth), names):
+        paths[i] = f"{classes[labels[i]]}/{name}"
+    paths = np.array(paths)
+    rng = np.random.default_rng(seed)
+    parts = np.full((len(labels), folds), "train", dtype="<U5")
+    for c in range(len(classes)):
+        mine = rng.permutation(np.flatnonzero(labels == c))
+        for k in range(folds):
+            rest = np.setdiff1d(mine, mine[k::folds], assume_unique=True)
+            parts[mine[k::folds], k], parts[rest[:max(1, len(rest) // 5)], k] = "test", "val"
+    runs = folder / "runs"
+    runs.mkdir(parents=True)
+    with open(runs / "split.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        out = csv.writer(handle)
+        out.writerow(["path", "label", *(f"fold{k}" for k in range(folds))])
+        out.writerows([path, classes[label], *row] for path, label, row in zip(paths, labels, parts))
+    study = classes, paths, labels, centres, features, parts
+    for m, model in enumerate(models):
+        for i, init in enumerate(inits):
+            for k in range(folds):
+                simulate_run(runs / "train" / model / init / f"fold{k}", k, study, quality=2 + m + 0.5 * i, seed=10 * m + i, val=val)
+    for path in np.random.default_rng(0).permutation(paths)[:pictures] if pictures else ():
+        draw_cell(folder / "bm" / path)
+    return runs
+
+
+def draw_cell(file):
+    """A violet disc on pink, 250 x 250."""
+    y, x = np.mgrid[:250, :250] - 125
+    cell = np.where((x * x + y * y < 60 ** 2)[..., None], (90, 40, 140), (235, 215, 225)).astype(np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(cell).save(file)
+
+
+# ---------------------------------------------------------------- a browser
+class Browser:
+    """Headless Chromium behind its DevTools pipe: messages are JSON, ended by a zero byte, on file descriptors 3 and 4."""
+
+    def __init__(self, folder):
+        self.folder, self.events, self.number = pathlib.Path(folder), [], 0
+        to_chromium, from_chromium = os.pipe(), os.pipe()
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
+                   "--remote-debugging-pipe", f"--user-data-dir={folder}/profile", "about:blank"]
+        inner = f"exec 3<&{to_chromium[0]} 4>&{from_chromium[1]}; exec \"$0\" \"$@\""
+        self.process = subprocess.Popen(["bash", "-c", inner, *command], pass_fds=(to_chromium[0], from_chromium[1]),
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(to_chromium[0])
+        os.close(from_chromium[1])
+        self.out, self.incoming = os.fdopen(to_chromium[1], "wb"), os.fdopen(from_chromium[0], "rb")
+        self.session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def read(self):
+        """The next message."""
+        text = bytearray()
+        while (byte := self.incoming.read(1)) != b"\0":
+            assert byte, "chromium ended"
+            text += byte
+        return json.loads(text)
+
+    def call(self, method, **parameters):
+        """Send a command and return its result; events that come meanwhile are kept."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        self.out.write(json.dumps(message).encode() + b"\0")
+        self.out.flush()
+        while (answer := self.read()).get("id") != self.number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, file, width, height=900):
+        """Open a local file at a window size and wait until all of it is there."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Page.navigate", url=pathlib.Path(file).resolve().as_uri())
+        for _ in range(200):
+            if self.run("document.readyState") == "complete":
+                return
+            time.sleep(0.05)
+        raise AssertionError("the page does not finish loading")
+
+    def run(self, script):
+        """The value of a JavaScript expression."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def picture(self, file):
+        """A PNG of the whole page."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        pathlib.Path(file).write_bytes(base64.b64decode(data))
+
+    def complaints(self):
+        """Uncaught exceptions, console errors and warnings, and log entries so far."""
+        found = [e["params"] for e in self.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        return found + [e["params"] for e in self.events if e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning")]
+
+    def close(self):
+        """End the browser."""
+        self.out.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.incoming.close()
+
+
+# ---------------------------------------------------------------- fixtures
+NASTY = ('a,b "c".jpg', "<img src=x onerror='window.hacked=1'>.jpg", "Zelle_ä_\udcff.jpg", "long_" + "name_" * 40 + ".jpg", "</script><b>.jpg")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium."""
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    folder = tmp_path_factory.mktemp("browser")
+    browser = Browser(folder)
+    yield browser
+    browser.close()
+
+
+def make_page(runs, *arguments):
+    """Call report.py's main, which may not warn; the page's Path."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(sys, "argv", ["report.py", "--runs", str(runs), *map(str, arguments)])
+        report.main()
+    return runs / "results" / "index.html"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of a study of two networks and three pre-trainings with all that a night can leave: unfinished, failed, odd names."""
+    folder = tmp_path_factory.mktemp("study")
+    runs = simulate_study(folder, images=700, names=NASTY, pictures=0)
+    rows = list(csv.DictReader(open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline="")))
+    for row in rows[::3]:
+        draw_cell(folder / "bm" / row["path"])
+    config = runs / "train/vit_l_32/imagenet+cd/fold0/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}))
+    (runs / "train/resnet152/imagenet+cd/fold3/predictions.csv").unlink()
+    shutil.rmtree(runs / "train/resnet152/imagenet+cd/fold4")
+    (runs / "train/resnet152/random/fold1/predictions.csv").write_text("path,label,prediction,p_NGB\nhalf a r")
+    for init in ("cd", "imagenet+cd"):
+        (runs / "pretrain/vit_l_32" / init).mkdir(parents=True)
+        write_log(runs / "pretrain/vit_l_32" / init / "log.csv", np.random.default_rng(0), 7)
+    (runs / "pretrain/vit_l_32/cd/predictions.csv").write_text("")
+    (runs / "logs").mkdir()
+    (runs / "logs/train-resnet152-imagenet+cd-fold4.failed").touch()
+    (runs / "logs/train-resnet152-imagenet+cd-fold4.log").write_text("starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n")
+    (runs / "results").mkdir()
+    for file in (runs / "results/gradcam_vit_l_32_imagenet_FGC.png", *(runs / "train/vit_l_32" / init / "lr_range.png" for init in ("random", "imagenet", "imagenet+cd"))):
+        Image.new("RGB", (900, 500), "teal").save(file)
+    return make_page(runs, "--data", folder / "bm", "--gallery", 60)
+
+
+# ---------------------------------------------------------------- the page
+def test_no_complaints_and_no_network(browser, page):
+    """No console error, warning or exception; nothing but the file itself is fetched."""
+    browser.events.clear()
+    browser.open(page, 1280)
+    fetched = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in fetched if not url.startswith("data:")] == [page.resolve().as_uri()]
+    assert browser.complaints() == [] and browser.run("window.hacked") is None
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_sticks_out(browser, page, width):
+    """No element reaches past the window's edge, but for what lies in a box that scrolls sideways; such a box can have the focus."""
+    browser.open(page, width)
+    assert browser.run("document.documentElement.scrollWidth") == browser.run("document.documentElement.clientWidth") == width
+    outside = """[...document.body.querySelectorAll("*")].filter(e => !e.parentElement.closest(".wide")
+        && (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5)).map(e => e.outerHTML.slice(0, 200))"""
+    assert browser.run(outside) == []
+    assert browser.run("""[...document.querySelectorAll(".wide")].every(e => e.tabIndex == 0 && e.getAttribute("aria-label"))""")
+    if width == 1280:
+        assert browser.run("""[...document.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth).length""") == 0
+
+
+def test_nothing_sticks_out_in_print(browser, page):
+    """As wide as A4 between margins of 10 mm (718 pixels), tables too, which do not scroll on paper."""
+    browser.open(page, 718)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    widest = browser.run("""Math.max(...[...document.querySelectorAll("table, img, figure, p")].map(e => e.getBoundingClientRect().right))""")
+    assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    browser.call("Emulation.setEmulatedMedia", media="")
+    assert widest <= 718
+
+
+def test_all_pictures_load_and_say_what_they_show(browser, page):
+    """Curves, reliability, coverage, confusion matrix, range test, heatmap, thumbnails: all inside the page, all with an alt text."""
+    browser.open(page, 1280)
+    pictures = browser.run("""[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.src.slice(0, 11), i.alt, i.closest("section").id])""")
+    assert all(loaded and source == "data:image/" and alt for loaded, source, alt, _ in pictures)
+    where = [section for *_, section in pictures]
+    assert {"classes": 1, "calibration": 4, "training": 5, "heatmaps": 1}.items() <= {name: where.count(name) for name in where}.items()
+    assert where.count("labels") > 5 and "image not found" in browser.run("document.body.innerText")
+
+
+def test_tables_have_captions_and_headers(browser, page):
+    """What a screen reader needs: language, one h1, a caption, column and row headers of every table, no heading level left out."""
+    browser.open(page, 1280)
+    assert browser.run("document.documentElement.lang") == "en" and browser.run("document.querySelectorAll('h1').length") == 1
+    faults = """[...document.querySelectorAll("table")].filter(t => !t.caption || t.tHead.rows[0].cells.length != t.tBodies[0].rows[0].cells.length
+        || [...t.tHead.rows[0].cells].some(c => c.scope != "col") || [...t.tBodies[0].rows].some(r => r.cells[0].scope != "row")).map(t => t.outerHTML.slice(0, 300))"""
+    assert browser.run(faults) == [] and browser.run("document.querySelectorAll('table').length") >= 9
+    links = browser.run("[...document.querySelectorAll('nav a')].map(a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])")
+    assert len(links) == 8 and all(there for _, there in links)
+
+
+def test_progress_and_failures(browser, page):
+    """Which folds are finished, which under way, what failed and why, which files can't be right, which image is unreadable."""
+    browser.open(page, 1280)
+    text = browser.run("document.getElementById('progress').innerText")
+    for part in ("5 of 5 finished", "3 of 5 finished", "fold 3 at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
+                 "<b>torch.OutOfMemoryError</b>: CUDA out of memory", "resnet152/random/fold1/predictions.csv", "BLA/cut_in_half.jpg"):
+        assert part in text, part
+
+
+def test_numbers_are_those_of_the_tables(browser, page):
+    """Table 4 and Table 5 of the page equal evaluate.py's, with the paper's numbers below; no cell says nan."""
+    browser.open(page, 1280)
+    study = evaluate.read_study(page.parent.parent)
+    text = browser.run("document.body.innerText").replace("\xa0", " ")
+    table4 = evaluate.table4_rows(study)
+    for row in table4:
+        assert evaluate.mean_std(row["f1_mean"], row["f1_std"]) in text
+    model, init = evaluate.best_run(table4)
+    for row in evaluate.table5_rows(study, model, init):
+        assert evaluate.mean_std(row["recall_mean"], row["recall_std"]) in text
+    assert "paper 0.689 ± 0.044" in text and "paper 0.503 ± 0.061" in text  # ResNet-152 random; faggot cells
+    assert " nan" not in text.lower() and "undefined" not in text
+
+
+def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
+    """Buttons tell their state, a second press takes it back, a reload keeps it, the CSV reads back with its odd names."""
+    browser.open(page, 390)
+    browser.run("localStorage.clear()")
+    browser.open(page, 390)
+    cells = browser.run("[...document.querySelectorAll('.cell')].map(c => ({...c.dataset}))")
+    press = "document.querySelectorAll('.cell')[{}].querySelector('[data-verdict={}]').click()"
+    for number, verdict in ((0, "label"), (2, "suggested"), (3, "neither"), (3, "unsure"), (4, "label"), (4, "label")):
+        browser.run(press.format(number, verdict))
+    odd = next(i for i, cell in enumerate(cells) if i > 4 and ('"' in cell["path"] or "," in cell["path"]))
+    browser.run(press.format(odd, "suggested"))
+    browser.open(page, 1280)
+    assert browser.run("document.getElementById('count').textContent") == f"4 of {len(cells)} looked at"
+    assert browser.run("document.querySelectorAll('.cell')[3].querySelector('[aria-pressed=true]').dataset.verdict") == "unsure"
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.run("document.getElementById('export').click()")
+    for _ in range(100):
+        if (tmp_path / "verdicts.csv").exists():
+            break
+        time.sleep(0.05)
+    with open(tmp_path / "verdicts.csv", encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(int(row["rank"]), row["verdict"]) for row in rows] == [(1, "label"), (3, "suggested"), (4, "unsure"), (odd + 1, "suggested")]
+    assert [row["path"] for row in rows] == [cells[i]["path"] for i in (0, 2, 3, odd)]
+    assert list(rows[0]) == ["rank", "path", "label", "suggested", "score", "verdict"]
+    assert browser.complaints() == []
+
+
+def test_the_gallery_is_the_head_of_label_issues(browser, page):
+    """Same images in the same order; the CSV reads back any file name, bytes that are no text included."""
+    browser.open(page, 1280)
+    shown = browser.run("[...document.querySelectorAll('.cell')].map(c => [c.dataset.path, c.dataset.label, c.dataset.suggested])")
+    with open(page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(shown) == 60 and len(rows) > 60
+    assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in rows[:60]]
+    assert any("\udcff" in row["path"] for row in rows)
+
+
+# ---------------------------------------------------------------- partial studies
+def test_nothing_has_been_run(browser, tmp_path):
+    (tmp_path / "runs").mkdir()
+    browser.events.clear()
+    browser.open(make_page(tmp_path / "runs"), 390)
+    assert "Nothing has been begun yet" in browser.run("document.body.innerText") and browser.complaints() == []
+
+
+def test_one_fold_without_anything_beside_it(browser, tmp_path):
+    """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow: all of this is said."""
+    runs = simulate_study(tmp_path, models=("resnet18",), inits=("cd",), images=180, folds=2, pictures=0, cells={"asch": 5, "hsil": 6, "scc $x$ <i>": 3}, val=False)
+    shutil.rmtree(runs / "train/resnet18/cd/fold1")
+    for name in ("split.csv", "train/resnet18/cd/fold0/log.csv", "train/resnet18/cd/fold0/config.json"):
+        (runs / name).unlink()
+    browser.events.clear()
+    browser.open(make_page(runs), 390)
+    text = browser.run("document.body.innerText")
+    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "Faggot cells (FGC)", "scc $x$ <i>", "1 of 1 finished"):
+        assert part in text, part
+    assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
+    assert browser.run("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "alexnet"], "no finished fold of alexnet"), (["--doubt", "vit_l_32/nowhere"], "--doubt vit_l_32/nowhere: no finished fold"),
+    (["--pairs", "/nowhere.csv"], "/nowhere.csv: no CSV with columns label,accepted"), (["--runs", "/nowhere"], "/nowhere: no such folder")])
+def test_mistakes_get_one_line(page, arguments, message):
+    with pytest.raises(SystemExit) as found:
+        make_page(page.parent.parent, *arguments)
+    assert message in str(found.value) and "\n" not in str(found.value)
+
+
+def test_as_a_script(page, run, tmp_path):
+    """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is nothing."""
+    done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path, "--gallery", 5)
+    assert done.returncode == 0 and done.stdout.startswith(str(page)) and len(done.stdout.splitlines()) == 1 and done.stderr == ""
+    done = run("report.py", "--runs", tmp_path / "nowhere")
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[2]) if len(sys.argv) > 2 else 2500
+    networks, starts = (list(names)[:int(n)] for names, n in zip((evaluate.MODELS, evaluate.INITS), (sys.argv[3:] + [2, 3])[:2]))
+    print(simulate_study(pathlib.Path(sys.argv[1]), images=size, models=networks, inits=starts))

@@ -1,0 +1,389 @@
+"""Files that can't be right: evaluate.py names each with its reason in one line, makes its tables of the rest, and ends with status 1.
+
+Truth is what was done to the file; the tables that remain are compared with those of a study that never had it.
+"""
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+from test_metrics import command, read_csv, simulate, write_csv, write_predictions
+
+import evaluate
+
+COUNTS = {"BLA": 12, "LYT": 18, "NGB": 15}
+GOOD, BAD = ("resnet152", "random"), ("vit_l_32", "imagenet")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No pictures, at which tests/test_confusion.py looks, and no waiting for the disk: together nine tenths of the time."""
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: b"")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A study of two runs with three folds of 15 images each; read only."""
+    runs = tmp_path_factory.mktemp("sound") / "runs"
+    simulate(runs, COUNTS, {GOOD: 0.6, BAD: 0.8}, folds=3)
+    return runs
+
+
+@pytest.fixture
+def runs(sound, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(sound, tmp_path / "runs")
+
+
+def file_of(runs, run=BAD, fold=1):
+    """predictions.csv of a run; that of the second run's fold 1 is the one to be damaged."""
+    return runs.joinpath("train", *run, f"fold{fold}", "predictions.csv")
+
+
+def put(file, content):
+    """Make the file anew; to empty one that is there would wait for the disk."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+def tables(runs):
+    """{name: content} of everything in results/, which is then removed."""
+    contents = {file.name: file.read_text(encoding="utf-8", errors="surrogateescape") for file in (runs / "results").iterdir()}
+    shutil.rmtree(runs / "results")
+    return contents
+
+
+def assert_left_out(runs, file, *reasons):
+    """The command names the file and the reasons in one line, and writes the tables of a study without that file."""
+    status, out, err = command("--runs", runs)
+    assert status == 1 and err.count("\n") == 1 and err.startswith(f"{file}: ")
+    assert all(reason in err for reason in reasons), err
+    with_it = tables(runs)
+    shutil.rmtree(file.parent)
+    assert command("--runs", runs) == (0, out, "") and tables(runs) == with_it
+    assert {row.split(",")[2] for row in with_it["table4.csv"].splitlines()[1:]} == {"2", "3"}
+    assert not re.search(r"\b(nan|inf|none)\b", "".join([out, *with_it.values()]), re.IGNORECASE)
+
+
+def test_a_sound_study_gives_no_line_and_status_0(sound):
+    status, _, err = command("--runs", sound)
+    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(sound / "results/table4.csv")] == ["3", "3"]
+    tables(sound)
+
+
+# ---------------------------------------------------------------- one file alone
+def replace(old, new):
+    """A damage to the file's bytes that must find what it replaces."""
+    def damage(content):
+        assert old in content
+        return content.replace(old, new, 1)
+    return damage
+
+
+def row(number, change):
+    """A damage to one row, given as its list of fields."""
+    def damage(content):
+        lines = content.split(b"\r\n")
+        lines[number] = b",".join(change(lines[number].split(b",")))
+        return b"\r\n".join(lines)
+    return damage
+
+
+DAMAGES = {
+    "empty": (lambda content: b"", "is empty"),
+    "line end alone": (lambda content: b"\r\n", "is empty"),
+    "zeros": (lambda content: b"\0" * len(content), "is empty"),            # as after a power failure
+    "header alone": (lambda content: content[:content.index(b"\n") + 1], "holds no row"),
+    "half a header": (lambda content: content[:30], "ends in the middle of a row"),
+    "half a row": (lambda content: content[:-4], "ends in the middle of a row"),
+    "half a line end": (lambda content: content[:-1], "ends in the middle of a row"),
+    "zeros at the end": (lambda content: content[:-40] + b"\0" * 40, "ends in the middle of a row"),
+    "zeros and a line end": (lambda content: content[:-40] + b"\0" * 39 + b"\n", "fields"),
+    "of another program": (lambda content: b"image;class\r\n1.jpg;BLA\r\n", "header"),
+    "web page": (lambda content: b"<!DOCTYPE html>\n<html>404</html>\n", "header"),
+    "picture": (lambda content: bytes(range(256)) * 9 + b"\n", "header"),
+    "UTF-16": (lambda content: content.decode().encode("utf-16") + b"\n", "header"),
+    "byte order mark": (lambda content: b"\xef\xbb\xbf" + content, "header"),
+    "no header": (lambda content: content[content.index(b"\n") + 1:], "header"),
+    "log.csv": (lambda content: b"epoch,lr,train_loss,val_loss\r\n1,0.1,2,2\r\n", "header"),
+    "no classes": (lambda content: b"path,label,prediction\r\n1,BLA,BLA\r\n", "header"),
+    "class twice": (replace(b"p_LYT", b"p_BLA"), "names a class twice"),
+    "row too short": (row(3, lambda fields: fields[:-1]), "rows of other than 6 fields"),
+    "row too long": (row(3, lambda fields: fields + [b"0"]), "rows of other than 6 fields"),
+    "blank line": (replace(b"\r\nBLA/10", b"\r\n\r\nBLA/10"), "rows of other than 6 fields"),
+    "two rows in one": (lambda content: re.sub(rb"\r\n(?=BLA/10)", b"", content), "rows of other than 6 fields"),
+    "row twice": (lambda content: content + content.splitlines(True)[2], "'BLA/4.jpg' stands there more than once"),
+    "file twice": (lambda content: content + content[content.index(b"\n") + 1:], "more than once"),
+    "unknown label": (row(2, lambda fields: [fields[0], b"ABE", *fields[2:]]), "'ABE' is none of the header's classes"),
+    "unknown prediction": (row(2, lambda fields: [*fields[:2], b"7", *fields[3:]]), "'7' is none of the header's classes"),
+    "label missing": (row(2, lambda fields: [fields[0], b"", *fields[2:]]), "'' is none of the header's classes"),
+    "open quote": (row(2, lambda fields: [b'"' + fields[0], *fields[1:]]), ""),
+    "open quote in the last field": (row(-2, lambda fields: [*fields[:-1], b'"' + fields[-1]]), "unexpected end of data"),
+    "quote in a field": (row(2, lambda fields: [b'"a"b', *fields[1:]]), ""),
+    "NaN": (row(2, lambda fields: [*fields[:3], b"nan", b"nan", b"nan"]), "the probabilities of 'BLA/4.jpg' are not all between 0 and 1"),
+    "one NaN": (row(4, lambda fields: [*fields[:-1], b"NaN"]), "the probabilities of 'BLA/10.jpg' are not all between 0 and 1"),
+    "infinity": (row(2, lambda fields: [*fields[:-1], b"inf"]), "the probabilities of 'BLA/4.jpg' are not all between 0 and 1"),
+    "minus infinity": (row(2, lambda fields: [*fields[:-1], b"-Infinity"]), "the probabilities of 'BLA/4.jpg' are not all between 0 and 1"),
+    "negative": (row(2, lambda fields: [*fields[:-1], b"-0.05"]), "the probabilities of 'BLA/4.jpg' are not all between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_the_tables_are_made_of_the_rest(runs, damage):
+    file, (change, reason) = file_of(runs), DAMAGES[damage]
+    file.write_bytes(change(file.read_bytes()))
+    assert_left_out(runs, file, reason)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_too(runs):
+    file_of(runs).unlink()
+    file_of(runs).mkdir()
+    assert_left_out(runs, file_of(runs), "directory")
+
+
+PROBABILITIES = {
+    "negative": ([b"-0.2", b"0.3", b"0.9"], "are not all between 0 and 1"),
+    "above one": ([b"1.2", b"0", b"0"], "are not all between 0 and 1"),
+    "logits": ([b"4.1", b"2.5", b"-3"], "are not all between 0 and 1"),
+    "sum below one": ([b"0.2", b"0.1", b"0.6"], "don't add up to 1"),
+    "sum above one": ([b"0.2", b"0.2", b"0.7"], "don't add up to 1"),
+    "another class is highest": ([b"0.5", b"0.4", b"0.1"], "are not highest for the prediction"),
+    "NaN": ([b"nan", b"0", b"1"], "are not all between 0 and 1"),
+    "no number": ([b"0.1", b"many", b"0.8"], "many"),
+    "missing": ([b"0.1", b"", b"0.9"], ""),
+}
+
+
+@pytest.mark.parametrize("case", PROBABILITIES)
+def test_probabilities_that_are_none_are_refused_where_they_are_read(runs, case):
+    """The last row's prediction is made NGB, the third of BLA, LYT, NGB; the message names the image."""
+    file, (probabilities, reason) = file_of(runs), PROBABILITIES[case]
+    file.write_bytes(row(-2, lambda fields: [*fields[:2], b"NGB", b"0.05", b"0.05", b"0.9"])(file.read_bytes()))
+    assert evaluate.read_predictions(file).probabilities[-1, evaluate.class_order(COUNTS).index("NGB")] == 0.9
+    file.write_bytes(row(-2, lambda fields: [*fields[:3], *probabilities])(file.read_bytes()))
+    with pytest.raises(ValueError) as refused:
+        evaluate.read_predictions(file)
+    message = str(refused.value)
+    assert message.startswith(f"{file}: ") and reason in message and "\n" not in message
+    assert "NGB/13.jpg" in message or case in ("no number", "missing")
+
+
+def test_ties_and_rounding_are_no_damage(tmp_path):
+    """Two equal probabilities, and seven digits that add up to 0.9999999."""
+    file = write_csv(tmp_path / "predictions.csv", [
+        ["path", "label", "prediction", "p_a", "p_b", "p_c"], ["1", "a", "b", "0.3333333", "0.3333333", "0.3333333"],
+        ["2", "a", "c", "0.4999999", "0.0000001", "0.4999999"], ["3", "b", "a", "1", "0", "1e-30"]])
+    assert evaluate.read_predictions(file).predictions.tolist() == [1, 2, 0]
+
+
+def test_a_file_cut_at_any_byte_is_named(runs):
+    """Each length, from nothing to the last byte but one: also where a whole row ends, by the split's number of test images."""
+    shutil.rmtree(runs.joinpath("train", *GOOD))
+    file = file_of(runs)
+    content = file.read_bytes()
+    for length in range(len(content)):
+        put(file, content[:length])
+        study = evaluate.read_study(runs)
+        problem, = study.problems
+        assert problem.startswith(f"{file}: ") and "\n" not in problem and list(study.runs[BAD]) == [0, 2]
+
+
+def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
+    """Whatever they are, the file is either refused in one line or read as whole rows of numbers from 0 to 1."""
+    rng, file, refused = random.Random(0), file_of(runs), 0
+    content = file.read_bytes()
+    for _ in range(2000):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(content))
+            damaged[place:place + rng.randint(0, 2)] = bytes(rng.choices(b'\0\n\r,"nai-+e.0919 \xff\xc3BLANGBp_', k=rng.randint(0, 2)))
+        put(file, damaged)
+        try:
+            one = evaluate.read_predictions(file)
+        except ValueError as error:
+            assert str(error).startswith(f"{file}: ") and len(str(error).splitlines()) == 1
+            refused += 1
+        else:
+            shape = len(one.paths), len(one.classes)
+            assert one.probabilities.shape == shape and (one.probabilities >= 0).all() and (one.probabilities <= 1.001).all()
+            assert max(one.labels.max(), one.predictions.max()) < shape[1] and one.labels.shape == one.predictions.shape == shape[:1]
+    assert 500 < refused < 2000
+
+
+def test_a_missing_file_is_an_unfinished_run_and_no_fault(runs):
+    file_of(runs).unlink()
+    status, _, err = command("--runs", runs)
+    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(runs / "results/table4.csv")] == ["3", "2"]
+
+
+def test_several_damaged_files_give_a_line_each(runs):
+    files = [file_of(runs, GOOD, 0), file_of(runs, BAD, 0), file_of(runs, BAD, 1), file_of(runs, BAD, 2)]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    status, _, err = command("--runs", runs)
+    assert status == 1 and [line.split(": ")[0] for line in err.splitlines()] == list(map(str, files))
+    assert [(row["model"], row["folds"]) for row in read_csv(runs / "results/table4.csv")] == [("resnet152", "2")]
+
+
+# ---------------------------------------------------------------- files that contradict each other
+def rows_of(file):
+    """[[path, label, prediction]] of a predictions.csv."""
+    return [[one["path"], one["label"], one["prediction"]] for one in read_csv(file)]
+
+
+def test_another_set_of_classes(runs):
+    """Those of most files are the study's."""
+    file = write_predictions(runs, BAD, 1, rows_of(file_of(runs)), [*COUNTS, "ABE"])
+    assert_left_out(runs, file, "its 4 classes are not the 3 of most runs")
+
+
+def test_a_label_that_differs_from_the_split(runs):
+    rows = rows_of(file_of(runs))
+    rows[0][1] = "NGB"
+    assert_left_out(runs, write_predictions(runs, BAD, 1, rows, list(COUNTS)), "1 images have another label elsewhere", "'BLA/1.jpg'")
+
+
+def test_a_label_that_differs_from_another_runs(runs):
+    """Without a split there are only the other runs to tell: the later one in the table's order is named."""
+    (runs / "split.csv").unlink()
+    rows = rows_of(file_of(runs))
+    rows[0][1] = rows[3][1] = "NGB"
+    assert_left_out(runs, write_predictions(runs, BAD, 1, rows, list(COUNTS)), "2 images have another label elsewhere")
+
+
+def test_images_of_another_fold(runs):
+    """A file that was copied into the wrong fold."""
+    shutil.copy(file_of(runs, fold=2), file_of(runs, fold=1))
+    assert_left_out(runs, file_of(runs), "15 images are of no or another fold")
+
+
+def test_images_that_two_folds_of_a_run_test(runs):
+    """Without a split: the later fold of the two is named."""
+    (runs / "split.csv").unlink()
+    shutil.copy(file_of(runs, fold=0), file_of(runs, fold=1))
+    assert_left_out(runs, file_of(runs), "15 images are of no or another fold")
+
+
+def test_an_image_that_the_data_set_has_not(runs):
+    rows = rows_of(file_of(runs))
+    assert_left_out(runs, write_predictions(runs, BAD, 1, [["BLA/999.jpg", *rows[0][1:]], *rows[1:]], list(COUNTS)), "'BLA/999.jpg'")
+
+
+def test_fewer_rows_than_the_split_has_test_images(runs):
+    assert_left_out(runs, write_predictions(runs, BAD, 1, rows_of(file_of(runs))[:-2], list(COUNTS)), "has 13 rows for 15 test images")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_runs_own_record_tells_how_many_rows_there_should_be(runs, split):
+    """config.json of train.py: fewer than the split's where images can't be read; without a split it alone tells."""
+    if not split:
+        (runs / "split.csv").unlink()
+    file = write_predictions(runs, BAD, 1, rows_of(file_of(runs))[:-2], list(COUNTS))
+    file.with_name("config.json").write_text(json.dumps({"test_images": 13}))
+    assert command("--runs", runs)[0] == 0
+    tables(runs)
+    file.with_name("config.json").write_text(json.dumps({"test_images": 14}))
+    assert_left_out(runs, file, "has 13 rows for 14 test images")
+
+
+@pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", '{"train_images": "many"}', '{"train_images": null}', "\xff"])
+def test_a_damaged_config_is_no_traceback(runs, config):
+    (runs / "split.csv").unlink()
+    file_of(runs).with_name("config.json").write_bytes(config.encode("latin-1"))
+    status, _, err = command("--runs", runs)
+    assert (status, err) == (0, "") or status == 1 and err.count("\n") == 1 and str(file_of(runs)) in err
+
+
+def test_a_fold_that_the_split_has_not(runs):
+    file = file_of(runs, fold=3)
+    file.parent.mkdir()
+    shutil.copy(file_of(runs), file)
+    status, _, err = command("--runs", runs)
+    assert (status, err) == (1, f"{file}: split.csv has no fold3\n")
+
+
+@pytest.mark.parametrize("content", ["", "path,label\n1,a\n", "path,label,fold1\n1,a,test\n", "path,label,fold0\n1,a,test\n1,a,test\n",
+                                     "path,label,fold0\n1,a\n", 'path,label,fold0\n"1,a,test\n', "path,label,fold0\n1,a,te\0st,\n"])
+def test_a_split_that_cant_be_right_ends_it_in_one_line(runs, content):
+    """There is no rest to make tables of: every run is measured by it."""
+    (runs / "split.csv").write_text(content)
+    status, out, err = command("--runs", runs)
+    assert (status, out) == (1, "") and err.startswith(f"{runs / 'split.csv'}: ") and err.count("\n") == 1
+    assert not (runs / "results").exists()
+
+
+# ---------------------------------------------------------------- nothing, and names of every kind
+@pytest.mark.parametrize("made", ["nothing", "folder", "empty run", "only damaged"])
+def test_nothing_to_read_at_all_ends_in_one_line_more(tmp_path, made):
+    runs = tmp_path / "runs"
+    if made == "folder":
+        (runs / "train").mkdir(parents=True)
+    if made in ("empty run", "only damaged"):
+        file_of(runs).parent.mkdir(parents=True)
+    if made == "only damaged":
+        file_of(runs).write_text("")
+    status, out, err = command("--runs", runs)
+    assert (status, out) == (1, "") and err.count("\n") == (2 if made == "only damaged" else 1)
+    assert err.splitlines()[-1].startswith(f"{runs}: no finished run") and not (runs / "results").exists()
+
+
+def test_the_script_itself_prints_no_traceback(runs, run):
+    """In a process of its own, in a locale that has no ±: one line, status 1, tables; and one line where there is no study."""
+    file_of(runs).write_bytes(b"half\xff")
+    done = run("evaluate.py", "--runs", runs, env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONWARNINGS="error"))
+    assert done.returncode == 1 and done.stderr == f"{file_of(runs)}: ends in the middle of a row\n" and "ResNet-152" in done.stdout
+    assert (runs / "results" / "confusion_resnet152_random.png").read_bytes().startswith(b"\x89PNG")
+    done = run("evaluate.py", "--runs", runs / "nowhere")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+NASTY = ["plain", "comma, too", 'a "quoted" one', "new\nline", "carriage\rreturn", "ä-細胞", "not UTF-8 \udcff\udc80", " space ",
+         "'; --", "$x_1$", "a|b", "nan", "#hash", "p_nan"]
+
+
+def test_names_of_every_kind_read_back(tmp_path):
+    """As classes, images and an initialisation; what is printed holds each on one line."""
+    init = "a,\"b'\nc\udcff|d"
+    rows = [(f"{name}/{other}", name, name if i % 3 else other) for i, (name, other) in enumerate(itertools.product(NASTY, NASTY))]
+    for fold in (0, 1):
+        write_predictions(tmp_path, ("mine", init), fold, rows[fold::2], NASTY)
+    write_csv(tmp_path / "split.csv", [["path", "label", "fold0", "fold1"], *(
+        [path, name, *(("test", "train") if i % 2 == 0 else ("train", "test"))] for i, (path, name, _) in enumerate(rows))])
+    read = evaluate.read_predictions(file_of(tmp_path, ("mine", init), 0))
+    assert list(zip(read.paths, (read.classes[i] for i in read.labels), (read.classes[i] for i in read.predictions))) == rows[::2]
+    status, out, err = command("--runs", tmp_path)
+    assert (status, err) == (0, "") and "a,\"b\\'\\nc\\udcff\\|d" in out
+    table5 = read_csv(tmp_path / f"results/table5_mine_{init}.csv")
+    assert [row["class"] for row in table5] == sorted(NASTY) and {row["images"] for row in table5} == {str(len(NASTY))}
+    right = {name: sum(label == prediction == name for _, label, prediction in rows) for name in NASTY}
+    for row in table5:                                      # 7 images a fold
+        assert float(row["recall_mean"]) == pytest.approx(right[row["class"]] / len(NASTY), rel=1e-5)
+    assert read_csv(tmp_path / "results/table4.csv")[0]["init"] == init
+    lines = (tmp_path / f"results/table5_mine_{init}.md").read_text().splitlines()
+    assert len(lines) == 2 + len(NASTY) + 1 and {re.sub(r"\\\|", "", line).count("|") for line in lines} == {7}
+
+
+def test_an_image_of_any_name_is_named_in_one_line(tmp_path):
+    """Also where the folder's own name has a line end."""
+    runs = tmp_path / "new\nline"
+    write_predictions(runs, GOOD, 0, [("a\nb\udcff", "x", "x"), ("c", "y", "x"), ("a\nb\udcff", "x", "y")], "xy")
+    write_predictions(runs, BAD, 0, [("1", "x", "x"), ("2", "y", "y")], "xy")
+    status, _, err = command("--runs", runs)
+    assert status == 1 and err.count("\n") == 1 and "'a\\nb\\udcff' stands there more than once" in err and "new\\nline" in err
+
+
+def test_both_line_ends_and_quotes_around_everything_are_read_alike(runs):
+    file = file_of(runs)
+    before, content = evaluate.read_predictions(file), file.read_bytes()
+    quoted = b"\r\n".join(b",".join(b'"%b"' % field for field in line.split(b",")) for line in content.split(b"\r\n")[:-1]) + b"\r\n"
+    for other in (content.replace(b"\r\n", b"\n"), quoted, quoted.replace(b"\r\n", b"\n")):
+        file.write_bytes(other)
+        for probabilities in (True, False):
+            after = evaluate.read_predictions(file, probabilities=probabilities)
+            assert all(np.array_equal(a, b) for a, b in zip(before[:3], after[:3])) and before.classes == after.classes
+            assert np.array_equal(before.probabilities, after.probabilities) if probabilities else after.probabilities is None
