@@ -12,22 +12,30 @@ set -u
 cd "$(dirname "$0")" || exit 1
 python=$(command -v python || command -v python3) || { echo "run_all.sh: no python found; activate the virtual environment" >&2; exit 1; }
 
+wrong() { echo "run_all.sh: $1" >&2; exit 2; }
 mode=run task="" device="" epochs=75 rest=()
 while [ $# -gt 0 ]; do
+  case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
-    --demo) DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 regnet_y_400mf"} FOLDS=${FOLDS:-0,1,2,3,4}
-            JOBS_PER_GPU=${JOBS_PER_GPU:-$(( $(nproc) < 4 ? $(nproc) : 4 ))} device=${device:-cpu} epochs=8 demo=yes
-            rest=(--epochs 8 --image-size 64 --workers 0 "${rest[@]}") ;;
+    --demo) DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
+            JOBS_PER_GPU=${JOBS_PER_GPU:-$(( $(nproc) < 4 ? $(nproc) : 4 ))} device=${device:-cpu} epochs=6 demo=yes
+            rest=(--epochs 6 --image-size 32 --memory-format contiguous --workers 0 "${rest[@]}") ;;
     --list) mode=list ;;
     --task) mode=task task=${2:-}; shift ;;
     --device) device=${2:-}; shift ;;
     --epochs) epochs=${2:-}; rest+=("$1" "${2:-}"); shift ;;
     --help|-h) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    --model|--init|--fold|--data|--runs) echo "run_all.sh: $1 is set by MODELS, INITS, FOLDS, DATA, RUNS in the environment" >&2; exit 2 ;;
+    --model|--init|--fold|--data|--runs) wrong "$1 is set by MODELS, INITS, FOLDS, DATA, RUNS in the environment" ;;
     *) rest+=("$1") ;;
   esac
   shift
 done
+[[ $mode != task || $task =~ ^[0-9]+$ ]] || wrong "--task '$task' is not a number of --list"
+[[ $epochs =~ ^[1-9][0-9]*$ ]] || wrong "--epochs '$epochs' is not a whole number of at least 1"
+[[ ${device:-cpu} =~ ^(cpu|cuda(:[0-9]+)?)$ ]] || wrong "--device '$device' is not cpu, cuda, cuda:1, ..."
+[[ ${JOBS_PER_GPU:-1} =~ ^[1-9][0-9]*$ ]] || wrong "JOBS_PER_GPU='$JOBS_PER_GPU' is not a whole number of at least 1"
+[[ ${FOLDS:-0} =~ ^[0-9,\ ]+$ ]] || wrong "FOLDS='$FOLDS' is not a list of numbers like '0 1 2' or '0,1,2'"
+[[ ${GPUS:-0} =~ ^[0-9\ ]+$ ]] || wrong "GPUS='$GPUS' is not a list of numbers like '0 1'"
 export DATA=${DATA:-data} RUNS=${RUNS:-runs} MODELS=${MODELS:-} INITS=${INITS:-} FOLDS=${FOLDS:-0 1 2 3 4} EPOCHS=$epochs
 logs=$RUNS/logs
 
@@ -160,14 +168,21 @@ fi
 # What can't be had here, all at once: lines "skip <init> <reason>" and "stop <reason>".
 preflight() {
   jobs_list | "$python" -c '
-import os, pathlib, shutil, sys, urllib.request
-import models
+import argparse, os, pathlib, shutil, sys, urllib.request
+import models, train
 data, runs, device, gpus, slots = *map(pathlib.Path, sys.argv[1:3]), *sys.argv[3:6]
 jobs = [line.rstrip("\n").split("\t") for line in sys.stdin]
 left = [job for job in jobs if job[1] != "done"]
+parser = argparse.ArgumentParser("run_all.sh", "bash run_all.sh [options of train.py]", add_help=False)
+train.add_options(parser)
+for model in sorted({job[4].split()[2] for job in jobs}):
+    try:
+        models.check_name(model, parser.parse_args(["--model", model, *sys.argv[6:]]).image_size)
+    except ValueError as error:
+        parser.error(str(error))
 pairs = {(job[4].split()[2], job[4].split()[4]) for job in left}
 if left and not (data / "bm").is_dir():
-    print(f"stop\t{data}/bm: the bone marrow cells are missing (README, Data)")
+    sys.exit(print(f"stop\t{data}/bm: the bone marrow cells are missing (README, Data); bash run_all.sh --demo runs on synthetic ones"))
 for source in sorted({init.split("+")[-1] for _, init in pairs} - {"random", "imagenet"}):
     if not (data / source).is_dir():
         print(f"skip\t{source}\t{data}/{source} is missing")
@@ -178,7 +193,7 @@ for model in sorted({model for model, init in pairs if init.startswith("imagenet
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10)
         except OSError as error:
             print(f"skip\timagenet {model}\tno ImageNet weights of {model}: {url} cannot be reached and {file} is not there")
-sizes = [4 * models.parameter_count(job[4].split()[2]) for job in left]
+sizes = [4 * models.find_weights(job[4].split()[2], "DEFAULT").meta["num_params"] for job in left]
 need, room = sum(sizes) + 4 * int(slots) * max(sizes, default=0), shutil.disk_usage(runs).free
 if need > room:
     print(f"stop\t{runs}: {room / 1e9:.0f} GB free, the checkpoints still to come need about {need / 1e9:.0f} GB")
@@ -189,10 +204,10 @@ if device != "cpu":
             print(f"stop\tGPU {gpu} was asked for, PyTorch sees {torch.cuda.device_count()}")
     if shutil.disk_usage("/dev/shm").free < 1e9:
         print("stop\t/dev/shm has less than 1 GB free, too little for data workers (docker run --shm-size=8g)")
-' "$DATA" "$RUNS" "$device" "$GPUS" "${#slots[@]}"
+' "$DATA" "$RUNS" "$device" "$GPUS" "${#slots[@]}" "${rest[@]}"
 }
-missing=$(preflight) || exit 1
-if grep -q '^stop' <<< "$missing"; then cut -f2- <<< "$missing" | sed 's/^/run_all.sh: /' >&2; exit 1; fi
+missing=$(preflight) || exit $?
+if grep -q '^stop' <<< "$missing"; then sed -n 's/^stop\t/run_all.sh: /p' <<< "$missing" >&2; exit 1; fi
 skipped=$(awk -F'\t' '/^skip/ {print "skipped: every " $2 " initialisation, since " $3}' <<< "$missing")
 [ "$skipped" ] && echo "$skipped"
 is_skipped() {  # name of a job: does it need what is missing?
@@ -261,14 +276,15 @@ if [ -z "$worked" ] && [ -f "$RUNS/results/index.html" ]; then
   [ "$failed$blocked" ] || echo "Nothing left to do: $n_done jobs are done, see $RUNS/results/index.html"
 else
   compare=(); [ "${demo:-}" ] || compare=(--compare paper/table4.csv)
-  "$python" evaluate.py --runs "$RUNS" "${compare[@]}" || exit 1
+  "$python" evaluate.py --runs "$RUNS" "${compare[@]}" || odd="evaluate.py found files that can't be right, see above"
+  [ -f "$RUNS/results/table4.csv" ] || exit 1
   best=$(tail -n +2 "$RUNS/results/table4.csv" | sort -t, -k8,8gr | head -n 1 | cut -d, -f1,2)
   "$python" gradcam.py --model "${best%,*}" --init "${best#*,}" --classes FGC BAS --runs "$RUNS" --data "$DATA/bm" --device "$device"
   "$python" report.py --runs "$RUNS" --data "$DATA/bm" && echo "Open $RUNS/results/index.html"
 fi
 [ "$skipped" ] && echo "$skipped"
-if [ "$failed$blocked" ]; then
-  printf '%s\n' "$failed" "$blocked" | grep . >&2
+if [ "$failed$blocked${odd:-}" ]; then
+  printf '%s\n' "$failed" "$blocked" "${odd:-}" | grep . >&2
   echo "run_all.sh: see $logs/<job>.log; the same command tries them again" >&2
   exit 1
 fi

@@ -1,0 +1,78 @@
+"""The study on a cluster: the README's lines for Slurm on a real one of two CPUs (tests/slurm_study.sh)."""
+import csv
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
+PATH = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
+MISSING = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
+
+REASON = f"no Slurm here: {', '.join(MISSING)} not found; Debian: apt-get install slurm-wlm munge"
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=REASON)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(folder, facts) of one run of tests/slurm_study.sh."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with open(folder / "output.txt", "w") as output:  # a file: daemons that outlive a failure would keep a pipe open
+        command = ["bash", ROOT / "tests/slurm_study.sh", folder]
+        status = subprocess.run(command, env=os.environ | {"PATH": PATH}, stdout=output, stderr=subprocess.STDOUT,
+                                timeout=1500, check=False).returncode
+    text = (folder / "output.txt").read_text()
+    print(text)
+    assert status == 0, text[-3000:]
+    return folder, dict(csv.reader((folder / "facts.csv").open()))
+
+
+def test_task_before_its_pretraining_ends_at_once_with_status_1(study):
+    folder, facts = study
+    status, _, seconds, _ = facts["status before its pre-training"].split()
+    assert status == "1" and int(seconds) <= 10
+    assert "waits for its pre-training" in (folder / "early.log").read_text()
+
+
+def test_pretraining_out_of_time_is_requeued_and_goes_on(study):
+    folder, facts = study
+    assert int(facts["restarts of the pre-training"]) >= 1
+    log = (folder / "slurm/logs/pretrain-shufflenet_v2_x0_5-cd.log").read_text()
+    assert log.count("--- ") == 1 + int(facts["restarts of the pre-training"]) and "stopped by SIGTERM" in log
+    assert "going on after epoch" in log
+    assert log.count("epoch 6/6") == 1
+
+
+def test_cancelled_task_stays_away_until_submitted_again(study):
+    folder, facts = study
+    assert facts["restarts of the cancelled"] == "0" and facts["state after scancel"] == "todo"
+    log = (folder / "slurm/logs/train-shufflenet_v2_x0_5-random-fold1,2.log").read_text()
+    assert log.count("\n--- ") + log.startswith("--- ") == 2 and "fold1: going on after epoch" in log
+
+
+def test_everything_is_finished_with_the_tables_of_a_plain_run(study):
+    folder, facts = study
+    assert facts["states in the end"] == "5 done"
+    names = sorted(path.name for path in (folder / "plain/results").glob("*.csv")
+                   if path.name.startswith(("table", "confusion", "comparisons")))
+    assert {"table4.csv", "table5_shufflenet_v2_x0_5_cd.csv", "table5_shufflenet_v2_x0_5_random.csv"} <= set(names)
+    for name in names:
+        assert (folder / "slurm/results" / name).read_bytes() == (folder / "plain/results" / name).read_bytes(), name
+    runs = sorted(path.relative_to(folder / "plain") for path in folder.glob("plain/train/*/*/fold*/predictions.csv"))
+    assert len(runs) == 6
+    for run in runs:
+        assert (folder / "slurm" / run).read_bytes() == (folder / "plain" / run).read_bytes(), run
+
+
+def test_two_array_slots_do_eight_equal_jobs_in_about_half_the_time(study):
+    _, facts = study
+    assert facts["finished by 1"] == facts["finished by 2"] == "8"
+    one, two = (float(facts[f"seconds of eight jobs by {slots}"]) for slots in (1, 2))
+    print(f"eight jobs: {one:.1f} s by one slot, {two:.1f} s by two, ratio {one / two:.2f}")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU only: two slots share it")
+    assert one / two > 1.3  # 2 less the share of a machine that is busy with other things
