@@ -1,0 +1,406 @@
+"""The three forms of a data set, and the tables that a run writes: each cell is the piece of the file that it should be.
+
+Truth comes from slices of the NumPy arrays that the pictures, boxes and patches were made of, from h5py, from counts by hand, from
+SciPy's softmax and from what was written into a table.
+"""
+import contextlib
+import csv
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from PIL import Image
+
+import datasets
+import evaluate
+import train
+
+CATEGORIES = {3: "hsil", 7: "lsil"}
+
+
+def picture(number, height=60, width=80):
+    """Every pixel tells its place: red the column, green the row, blue the picture's number."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.dstack([columns, rows, np.full_like(rows, number)]).astype(np.uint8)
+
+
+def write_coco(folder, name, images, boxes, categories=CATEGORIES):
+    """<name>.json with boxes [(id, image id, category id, bbox)] and images {id: (file name, its picture's number or None for none)}."""
+    for file, number in images.values():
+        if number is not None:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(number)).save(folder / file)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": file.removeprefix(f"{name}/"), "width": 80, "height": 60} for i, (file, _) in images.items()],
+        "annotations": [{"id": i, "image_id": image, "category_id": category, "bbox": box} for i, image, category, box in boxes],
+        "categories": [{"id": i, "name": label} for i, label in categories.items()]}))
+
+
+def crops(cells):
+    """{(label, path): image} of all cells; the path without its class folder."""
+    assert all(path.startswith(f"{cells.classes[target]}/") for path, target in zip(cells.paths, cells.targets))
+    return {tuple(path.split("/", 1)): cells[i] for i, path in enumerate(cells.paths.tolist())}
+
+
+def stamps(folder):
+    """{file: (inode, size, time of the last change)} of everything below folder."""
+    states = {str(file.relative_to(folder)): file.stat() for file in folder.rglob("*")}
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+BOXES = [(1, 1, 3, [10, 20, 30, 25]), (2, 1, 7, [0, 0, 80, 60]), (3, 1, 3, [10.4, 5.6, 20.2, 10.3])]
+
+
+# ---------------------------------------------------------------- COCO detection
+def test_a_crop_is_the_boxs_pixels(tmp_path):
+    """x, y, width, height from the left upper corner; the fractions of the third go to the nearest pixel: x 10 to 31, y 6 to 16."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    cells, whole = datasets.open_dataset(tmp_path / "cd"), picture(5)
+    found = crops(cells)
+    assert cells.classes == ["hsil", "lsil"] and cells.name == "cd" and cells.notes == []
+    assert found.keys() == {("hsil", "one_1.png"), ("lsil", "one_2.png"), ("hsil", "one_3.png")}
+    assert np.array_equal(found["hsil", "one_1.png"], whole[20:45, 10:40])
+    assert np.array_equal(found["lsil", "one_2.png"], whole)
+    assert np.array_equal(found["hsil", "one_3.png"], whole[6:16, 10:31])
+
+
+def test_boxes_over_the_border_are_clipped_and_boxes_outside_dropped(tmp_path):
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES + [
+        (4, 1, 3, [-10, -5, 30, 25]), (5, 1, 3, [70, 50, 500, 500]), (6, 1, 7, [-9, 10, 300, 10]),
+        (7, 1, 7, [80, 60, 20, 20]), (8, 1, 7, [-30, -30, 20, 20])])
+    cells, whole = datasets.open_dataset(tmp_path / "cd"), picture(5)
+    found = crops(cells)
+    assert np.array_equal(found["hsil", "one_4.png"], whole[0:20, 0:20])
+    assert np.array_equal(found["hsil", "one_5.png"], whole[50:60, 70:80])
+    assert np.array_equal(found["lsil", "one_6.png"], whole[10:20])
+    assert len(found) == 6 and cells.notes == ["2 boxes dropped: outside the image"]
+
+
+def test_boxes_without_a_cell_are_dropped_and_counted(tmp_path, capfd):
+    """Width or height of 1 (the publisher's warning), 0 or less, no number, no box; each reason with its count, on stderr as well."""
+    thin = [[5, 5, 1, 30], [5, 5, 30, 1], [5, 5, 1.0, 1.0], [5, 5, 0, 9], [5, 5, -4, 9], [5, 5, float("nan"), 9], [5, 5, 9], None]
+    boxes = BOXES + [(10 + i, 1, 3, box) for i, box in enumerate(thin)]
+    boxes += [(30, 1, 99, [5, 5, 9, 9]), (31, 1, 98, [5, 5, 9, 9]), (32, 55, 3, [5, 5, 9, 9])]
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, boxes)
+    cells = datasets.open_dataset(tmp_path / "cd")
+    assert len(cells) == 3 and sorted(cells.notes) == [
+        "1 boxes dropped: of an unknown image", "2 boxes dropped: of an unknown category",
+        "8 boxes dropped: width or height of 1 or less, no cell"]
+    with contextlib.chdir(tmp_path):
+        train.open_checked("cd", "runs")
+    assert "8 boxes dropped" in capfd.readouterr().err
+    assert datasets.open_dataset(tmp_path / "cd").notes == cells.notes  # nor are they forgotten when nothing is cropped any more
+
+
+def test_a_box_of_2_by_2_pixels_is_kept(tmp_path):
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES + [(4, 1, 3, [7, 9, 2, 2])])
+    assert np.array_equal(crops(datasets.open_dataset(tmp_path / "cd"))["hsil", "one_4.png"], picture(5)[9:11, 7:9])
+
+
+def test_images_that_are_missing_or_broken_are_counted_and_taken_when_they_come(tmp_path):
+    images = {1: ("one.png", 5), 2: ("two.png", None), 3: ("three.png", 7)}
+    boxes = BOXES + [(4, 2, 3, [1, 2, 9, 9]), (5, 2, 7, [3, 4, 9, 9]), (6, 3, 7, [5, 6, 9, 9])]
+    write_coco(tmp_path / "cd", "all", images, boxes)
+    (tmp_path / "cd/three.png").write_bytes(b"no picture")
+    cells = datasets.open_dataset(tmp_path / "cd")
+    assert len(cells) == 3 and sorted(cells.notes) == [
+        "1 boxes dropped: in an image that cannot be read; once it is mended, remove .crops",
+        "1 images of the JSON files are missing, e.g. two.png: their boxes are left out",
+        "2 boxes dropped: their image is missing"]
+    for number, file in ((6, "two.png"), (7, "three.png")):
+        Image.fromarray(picture(number)).save(tmp_path / "cd" / file)
+    cells = datasets.open_dataset(tmp_path / "cd")
+    assert np.array_equal(crops(cells)["lsil", "two_5.png"], picture(6)[4:13, 3:12]) and cells.notes == []
+    assert np.array_equal(crops(cells)["lsil", "three_6.png"], picture(7)[6:15, 5:14])
+
+
+def test_several_files_may_use_the_same_names_and_numbers(tmp_path):
+    """train.json and test.json beside their folders: image 1 is one.png in both, box 1 too, and category 1 means another class."""
+    write_coco(tmp_path / "cd", "train", {1: ("train/one.png", 5), 2: ("train/sub/two.png", 6)},
+               [(1, 1, 1, [0, 0, 9, 9]), (2, 2, 2, [1, 1, 9, 9])], {1: "hsil", 2: "lsil"})
+    write_coco(tmp_path / "cd", "test", {1: ("test/one.png", 7), 2: ("test/images/two.png", 8)},
+               [(1, 1, 2, [0, 0, 9, 9]), (2, 2, 1, [1, 1, 9, 9])], {1: "lsil", 2: "hsil"})
+    (tmp_path / "cd/settings.json").write_text('{"images": "none of COCO"}')
+    cells = datasets.open_dataset(tmp_path / "cd")
+    found = sorted((label, int(image[0, 0, 2]), image[0, 0, :2].tolist(), image.shape) for (label, _), image in crops(cells).items())
+    size = (9, 9, 3)
+    assert found == [("hsil", 5, [0, 0], size), ("hsil", 7, [0, 0], size), ("lsil", 6, [1, 1], size), ("lsil", 8, [1, 1], size)]
+    assert cells.notes == []
+
+
+def test_a_box_number_used_twice_loses_no_cell(tmp_path):
+    """In one image and class a number may come twice, elsewhere as often as it likes; a third box there is dropped, and counted."""
+    boxes = [(1, 3, 0), (1, 7, 10), (2, 3, 20), (1, 3, 30), (1, 3, 40)]
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)},
+               [(1, image, category, [x, 0, 9, 9]) for image, category, x in boxes])
+    cells = datasets.open_dataset(tmp_path / "cd")
+    columns = sorted((label, int(image[0, 0, 0])) for (label, _), image in crops(cells).items())
+    assert columns == [("hsil", 0), ("hsil", 20), ("hsil", 30), ("lsil", 10)]
+    assert cells.notes == ["1 boxes dropped: a second box of the same id"]
+
+
+def test_pictures_are_cropped_once_and_again_when_the_json_changes(tmp_path):
+    """Three openings, of which the second touches no file; then one box has moved, one has gone, and so it is in the crops."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    assert len(datasets.open_dataset(tmp_path / "cd")) == 3
+    before = stamps(tmp_path / "cd")
+    assert len(datasets.open_dataset(tmp_path / "cd")) == 3 and stamps(tmp_path / "cd") == before
+    for x in (11, 12):  # twice in one process
+        write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, [(1, 1, 3, [x, 20, 30, 25]), BOXES[1]])
+        found = crops(datasets.open_dataset(tmp_path / "cd"))
+        assert found.keys() == {("hsil", "one_1.png"), ("lsil", "one_2.png")}
+        assert np.array_equal(found["hsil", "one_1.png"], picture(5)[20:45, x:x + 30])
+    assert {file.name for file in (tmp_path / "cd").iterdir()} == {"all.json", "one.png", ".crops", ".crops.lock"}  # no old crops lie about
+
+
+def test_a_folder_that_nothing_can_be_written_to(without_rights):
+    """One line if there is still something to crop; if all is cropped already, the right to read is enough."""
+    folder, context = without_rights
+    write_coco(folder / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    with context(), pytest.raises(SystemExit, match=r"^[^\n]*cd/.crops.lock: Permission denied[^\n]*writable[^\n]*$"):
+        datasets.open_dataset(folder / "cd")
+    assert {file.name for file in (folder / "cd").iterdir()} == {"all.json", "one.png"}
+    assert len(datasets.open_dataset(folder / "cd")) == 3
+    with context():
+        assert len(crops(datasets.open_dataset(folder / "cd"))) == 3
+
+
+def test_something_in_the_way_of_the_crops_is_named_in_one_line(tmp_path):
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    (tmp_path / "cd/.crops.lock").mkdir()
+    with pytest.raises(SystemExit, match=r"^[^\n]*cd/.crops.lock: Is a directory[^\n]*$"):
+        datasets.open_dataset(tmp_path / "cd")
+
+
+# ---------------------------------------------------------------- PatchCamelyon
+def write_pcam(folder, parts=(("train", 12), ("valid", 6), ("test", 4)), **options):
+    """The HDF5 files with patches of noise: {path: patch}, and the labels, alternately 1 and 0."""
+    folder.mkdir(parents=True)
+    patches, rng = {}, np.random.default_rng(0)
+    for part, count in parts:
+        x = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
+        for kind, values in (("x", x), ("y", (np.arange(count) + 1).reshape(-1, 1, 1, 1).astype(np.uint8) % 2)):
+            with h5py.File(file_of(folder, part, kind), "w") as file:
+                file.create_dataset(kind, data=values, chunks=(1, *values.shape[1:]), **options)
+        patches |= {f"{part}/{i}": patch for i, patch in enumerate(x)}
+    return patches
+
+
+def file_of(folder, part, kind):
+    return folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5"
+
+
+def assert_patches(cells, patches):
+    """Every path gives its patch."""
+    assert cells.paths.tolist() == list(patches)
+    assert all(cells[i].tobytes() == patch.tobytes() for i, patch in enumerate(patches.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip"}], ids=["plain", "gzip"])
+def test_each_path_is_its_patch_and_label(tmp_path, options):
+    patches = write_pcam(tmp_path / "pcam", **options)
+    cells = datasets.open_dataset(tmp_path / "pcam")
+    assert cells.paths.tolist() == [f"train/{i}" for i in range(12)] + [f"valid/{i}" for i in range(6)] + [f"test/{i}" for i in range(4)]
+    assert cells.classes == ["normal", "tumour"] and cells.targets.tolist() == [1, 0] * 11
+    assert_patches(cells, patches)
+    assert cells[0].dtype == np.uint8 and cells[0].shape == (96, 96, 3)
+    part = cells.subset(np.array([17, 3, 3]))
+    assert [part[i].tobytes() for i in range(3)] == [patches[path].tobytes() for path in ("valid/5", "train/3", "train/3")]
+
+
+def test_the_test_part_may_be_missing(tmp_path):
+    patches = write_pcam(tmp_path / "pcam", (("train", 4), ("valid", 2)))
+    assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+
+
+@pytest.mark.parametrize("part, kind", [("train", "x"), ("train", "y"), ("valid", "x"), ("test", "x")])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "other contents"])
+def test_a_file_that_is_missing_or_broken_is_named_in_one_line(tmp_path, part, kind, harm):
+    write_pcam(tmp_path / "pcam")
+    file = file_of(tmp_path / "pcam", part, kind)
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "other contents":
+        with h5py.File(file, "w") as new:
+            new["z"] = 1
+    elif harm != "missing":
+        file.write_bytes(content[:len(content) * 2 // 3] if harm == "truncated" else b"")
+    with pytest.raises(SystemExit, match=rf"^[^\n]*pcam: the {part} part cannot be read[^\n]*{file.name}[^\n]*$"):
+        datasets.open_dataset(tmp_path / "pcam")
+
+
+@pytest.mark.parametrize("kind, values", [
+    ("y", np.zeros((11, 1, 1, 1), np.uint8)), ("x", np.zeros((13, 96, 96, 3), np.uint8)), ("x", np.zeros((12, 96, 96), np.uint8)),
+    ("y", np.full((12, 1, 1, 1), 2, np.uint8)), ("y", np.zeros((0, 1, 1, 1), np.uint8))])
+def test_patches_and_labels_that_do_not_fit_are_refused(tmp_path, kind, values):
+    """A label too few or a patch too many would shift all that follow."""
+    write_pcam(tmp_path / "pcam")
+    file_of(tmp_path / "pcam", "train", kind).unlink()
+    with h5py.File(file_of(tmp_path / "pcam", "train", kind), "w") as file:
+        file[kind] = values
+    with pytest.raises(SystemExit, match=r"^[^\n]*pcam[^\n]*expected[^\n]*$"):
+        datasets.open_dataset(tmp_path / "pcam")
+
+
+def test_a_patch_that_is_damaged_is_left_out(tmp_path):
+    """Bytes of one compressed patch are overwritten: the file opens, the pass names the patch."""
+    write_pcam(tmp_path / "pcam", compression="gzip")
+    with h5py.File(file_of(tmp_path / "pcam", "train", "x")) as file:
+        chunk = file["x"].id.get_chunk_info(5)
+    with open(file_of(tmp_path / "pcam", "train", "x"), "r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(bytes(chunk.size // 2))
+    cells = datasets.open_dataset(tmp_path / "pcam")
+    assert [path for path, _ in datasets.check_dataset(cells, tmp_path / "runs")["unreadable"]] == [f"train/{chunk.chunk_offset[0]}"]
+    with pytest.raises(ValueError, match=rf"^[^\n]*pcam, patch train/{chunk.chunk_offset[0]}: [^\n]*$"):
+        cells[int(chunk.chunk_offset[0])]
+
+
+HOLDER = """
+import h5py, sys
+file = h5py.File(sys.argv[1], sys.argv[2])
+patch = file["x"][0]
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_file_that_another_program_has_open(tmp_path, mode):
+    """For reading: nothing is in the way. For writing: one line, and all is well when that program has ended."""
+    patches = write_pcam(tmp_path / "pcam")
+    command = [sys.executable, "-c", HOLDER, str(file_of(tmp_path / "pcam", "train", "x")), mode]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        if mode == "r":
+            assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+        else:
+            with pytest.raises(SystemExit, match=r"^[^\n]*the train part cannot be read[^\n]*lock[^\n]*$"):
+                datasets.open_dataset(tmp_path / "pcam")
+    assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+
+
+def test_patches_reach_every_process_by_a_fork_or_a_pickle(tmp_path):
+    """The file is open here, and read at once here, in a fork and by two data workers: none gets another's."""
+    patches = write_pcam(tmp_path / "pcam", compression="gzip")
+    cells = datasets.open_dataset(tmp_path / "pcam")
+    assert cells[0].tobytes() == patches["train/0"].tobytes()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os._exit(not all(cells[i].tobytes() == patches[str(cells.paths[i])].tobytes() for i in list(range(22)) * 20))
+        os._exit(2)
+    for _ in range(20):
+        assert_patches(cells, patches)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    again = pickle.loads(pickle.dumps(cells))
+    assert_patches(again, patches)
+    assert again.classes == cells.classes and np.array_equal(again.targets, cells.targets)
+    rows = [range(i, i + 2) for i in range(0, 22, 2)]
+    for (images, labels), row in zip(datasets.loader(datasets.Batches(cells, 96), rows, workers=2), rows, strict=True):
+        assert [image.permute(1, 2, 0).numpy().tobytes() for image in images] == [patches[str(cells.paths[i])].tobytes() for i in row]
+        assert labels.tolist() == cells.targets[row].tolist()
+
+
+# ---------------------------------------------------------------- folders of class folders
+@pytest.mark.parametrize("nested", ["", "download/", "a/b/c/", "jpg.d/BM_cytomorphology_data/"])
+def test_the_first_level_with_several_folders_is_the_classes(tmp_path, nested):
+    """However many single folders lie above and whatever lies below; other files beside them do no harm."""
+    for path in ("LYT/0001-1000/1.jpg", "LYT/1001-2000/2.jpg", "EOS/0001-1000/3.jpg", "NGS/4.jpg"):
+        (tmp_path / "mine" / nested / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / nested / path).touch()
+    (tmp_path / "mine/abbreviations.csv").touch()
+    (tmp_path / "mine/.hidden").mkdir()
+    cells = datasets.open_dataset(tmp_path / "mine")
+    assert cells.root == tmp_path / "mine" / nested and cells.name == "mine"
+    assert cells.classes == ["NGS", "LYT", "EOS"]  # in the order of Table 5, and not of the alphabet
+    assert cells.paths.tolist() == ["NGS/4.jpg", "LYT/0001-1000/1.jpg", "LYT/1001-2000/2.jpg", "EOS/0001-1000/3.jpg"]
+    assert cells.targets.tolist() == [0, 1, 1, 2]
+
+
+def test_classes_of_another_field_are_in_alphabetical_order(tmp_path):
+    for label in ("zebra", "LYT", "10", "9", "Äpfel", "b"):
+        (tmp_path / "mine" / label).mkdir(parents=True)
+        (tmp_path / "mine" / label / "1.png").touch()
+    assert datasets.open_dataset(tmp_path / "mine").classes == ["10", "9", "LYT", "b", "zebra", "Äpfel"]
+
+
+def test_a_single_folder_beside_an_image_is_not_gone_down(tmp_path):
+    """That image shows that this is the level of the classes: of which one is not enough."""
+    for path in ("bm/A/1.png", "bm/B/1.png", "stray.png"):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / path).touch()
+    with pytest.raises(SystemExit, match=r"^[^\n]*mine: 1 class folder[^\n]*at least 2[^\n]*$"):
+        datasets.open_dataset(tmp_path / "mine")
+    (tmp_path / "mine/stray.png").unlink()
+    assert datasets.open_dataset(tmp_path / "mine").classes == ["A", "B"]
+
+
+def test_a_folder_is_pcam_before_coco_before_class_folders(tmp_path):
+    """As the three lie on top of each other in one folder, taken away one after the other."""
+    write_pcam(tmp_path / "mine")
+    write_coco(tmp_path / "mine", "all", {1: ("images/one.png", 5)}, BOXES)
+    (tmp_path / "mine/others").mkdir()
+    shutil.copy(tmp_path / "mine/images/one.png", tmp_path / "mine/others")
+    assert datasets.open_dataset(tmp_path / "mine").classes == ["normal", "tumour"]
+    for file in (tmp_path / "mine").glob("*.h5"):
+        file.unlink()
+    assert datasets.open_dataset(tmp_path / "mine").classes == ["hsil", "lsil"]
+    (tmp_path / "mine/all.json").write_text("[1, 2]")  # JSON, but not COCO's
+    assert datasets.open_dataset(tmp_path / "mine").classes == ["images", "others"]
+
+
+# ---------------------------------------------------------------- tables
+NAMES = ["plain", "with space ", " ", "comma, too", 'a "quoted" one', '"', "it's", "#1", "new\nline", "carriage\rreturn", "both\r\n",
+         "tab\t", "p_x", "äöü-細胞", "e\u0301", "\u00e9", "\u2028\x85\x0b", "no text \udcff\udce4", "nan", "1", "path", "=1+1", "\ufeff"]
+
+
+def test_predictions_are_read_back_as_they_were_written(tmp_path):
+    """Classes and images of all names; probabilities to seven digits, by SciPy's softmax, whatever the size of the logits."""
+    rng = np.random.default_rng(0)
+    paths = [f"{label}/{image}.png" for label in NAMES for image in NAMES]
+    cells = datasets.Cells(tmp_path, "mine", NAMES, paths, np.arange(len(paths)) % len(NAMES))
+    logits = rng.standard_normal((len(paths), len(NAMES))) * rng.choice([1, 30, 1000], len(paths))[:, None]
+    logits = torch.from_numpy(logits.astype(np.float32))
+    train.write_predictions(tmp_path / "predictions.csv", cells, logits)
+    read = evaluate.read_predictions(tmp_path / "predictions.csv")
+    assert list(read.paths) == paths
+    assert [read.classes[i] for i in read.labels] == [NAMES[i % len(NAMES)] for i in range(len(paths))]
+    assert [read.classes[i] for i in read.predictions] == [NAMES[i] for i in logits.argmax(1)]
+    expected = scipy.special.softmax(logits.double().numpy(), 1)[:, [NAMES.index(name) for name in read.classes]]
+    assert np.allclose(read.probabilities, expected, rtol=5e-7, atol=0)
+    quick = evaluate.read_predictions(tmp_path / "predictions.csv", probabilities=False)
+    assert list(quick.paths) == paths
+    assert np.array_equal(quick.labels, read.labels) and np.array_equal(quick.predictions, read.predictions)
+
+
+def test_a_plain_table_is_read_alike_by_the_quick_way(tmp_path):
+    """Without a quote in the file lines are taken apart by a pattern: the same comes out as by Python's csv module, read here."""
+    labels = [name for name in NAMES if csv_plain(name)]
+    paths = [f"{label}/{image}.png" for label in labels for image in labels]
+    cells = datasets.Cells(tmp_path, "mine", labels, paths, np.arange(len(paths)) % len(labels))
+    logits = np.random.default_rng(0).standard_normal((len(paths), len(labels)))
+    train.write_predictions(tmp_path / "predictions.csv", cells, torch.from_numpy(logits))
+    assert '"' not in (tmp_path / "predictions.csv").read_text(errors="surrogateescape") and len(labels) > 10
+    with open(tmp_path / "predictions.csv", newline="", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))[1:]
+    read = evaluate.read_predictions(tmp_path / "predictions.csv", probabilities=False)
+    columns = zip(read.paths, (read.classes[i] for i in read.labels), (read.classes[i] for i in read.predictions))
+    assert list(map(list, columns)) == [row[:3] for row in rows]
+
+
+def csv_plain(name):
+    """Is a field written without quotes?"""
+    out = io.StringIO()
+    csv.writer(out).writerow([name, ""])
+    return '"' not in out.getvalue()

@@ -1,0 +1,365 @@
+"""Reading images: whatever an image file holds becomes RGB uint8, whatever it is called; what cannot be read is found, counted, left out.
+
+Truth comes from the NumPy arrays that the files were made of, from Pillow's decoder and its exif_transpose where a format loses
+something, and from files written here byte by byte (PNG and TIFF of 16 bits a channel, a picture of 90 million pixels).
+"""
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+import warnings
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import datasets
+import evaluate
+import train
+
+RNG = np.random.default_rng(0)
+COLOURS = cv2.resize(RNG.integers(0, 256, (4, 5, 3), np.uint8), (40, 32), interpolation=cv2.INTER_CUBIC)  # [32,40,3], smooth
+GREY = COLOURS[..., 1].copy()
+ALPHA = RNG.integers(0, 256, GREY.shape, np.uint8)
+DEEP = RNG.integers(0, 65536, COLOURS.shape, np.uint16)
+PICTURE = Image.fromarray(COLOURS)
+PALETTE = PICTURE.quantize(50)
+FIFTY = np.reshape(PALETTE.getpalette(), (-1, 3))[np.asarray(PALETTE)]  # the colours that its numbers stand for
+INKS = np.dstack([255 - COLOURS, GREY // 3])  # cyan, magenta, yellow, black
+INKED = np.rint((255.0 - INKS[..., :3]) * (255 - INKS[..., 3:]) / 255)  # in RGB
+
+
+def three(grey):
+    """Grey [H,W] as RGB."""
+    return np.repeat(np.asarray(grey, np.uint8)[..., None], 3, 2)
+
+
+def png(width, height, depth, kind, rows):
+    """A PNG file's bytes: bits a sample, colour type, and the rows' bytes, each after a 0 for 'not filtered'."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def deep_png():
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in DEEP)
+    return png(40, 32, 16, 2, rows)
+
+
+def deep_tiff():
+    """Little-endian, uncompressed, three samples of 16 bits, one strip."""
+    tags = [(256, 3, 1, 40), (257, 3, 1, 32), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
+            (277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, DEEP.nbytes)]
+    return (struct.pack("<2sHI3H", b"II", 42, 14 + DEEP.nbytes, 16, 16, 16) + DEEP.astype("<u2").tobytes() + struct.pack("<H", len(tags))
+            + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4))
+
+
+def saved(image, **options):
+    """Writes a Pillow image with these options."""
+    return lambda file: image.save(file, **options)
+
+
+def bytes_of(content):
+    return lambda file: file.write_bytes(content)
+
+
+def with_alpha(image, alpha):
+    image = image.copy()
+    image.putalpha(alpha)
+    return image
+
+
+# ---------------------------------------------------------------- kinds of pictures
+EXACT = {
+    "colour.png": (saved(PICTURE), COLOURS), "colour.bmp": (saved(PICTURE), COLOURS), "colour.tif": (saved(PICTURE), COLOURS),
+    "lzw.tiff": (saved(PICTURE, compression="tiff_lzw"), COLOURS),
+    "deflate.tif": (saved(PICTURE, compression="tiff_adobe_deflate"), COLOURS),
+    "grey.png": (saved(Image.fromarray(GREY)), three(GREY)), "grey.bmp": (saved(Image.fromarray(GREY)), three(GREY)),
+    "grey.tif": (saved(Image.fromarray(GREY)), three(GREY)),
+    "bits.png": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
+    "bits.bmp": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
+    "bits.tif": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
+    "palette.png": (saved(PALETTE), FIFTY), "palette.bmp": (saved(PALETTE), FIFTY), "palette.tif": (saved(PALETTE), FIFTY),
+    "palette with a transparent colour.png": (saved(PALETTE, transparency=3), FIFTY),
+    "alpha.png": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
+    "alpha.bmp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
+    "opaque.tif": (saved(with_alpha(PICTURE, 255)), COLOURS),
+    "grey and alpha.png": (saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))), three(GREY)),
+    "one pixel.png": (saved(PICTURE.crop((3, 4, 4, 5))), COLOURS[4:5, 3:4]),
+    "one row.png": (saved(PICTURE.crop((0, 4, 40, 5))), COLOURS[4:5]),
+    "animated.png": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (40, 32)), PICTURE.rotate(180)]), COLOURS),
+    "pages.tif": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (9, 9)), PICTURE.rotate(180)]), COLOURS),
+    "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS), "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS),
+}
+CLOSE = {  # one level for the rounding of 16 bits to 8, two for CMYK; JPEG's decoder is the same in Pillow
+    "deep grey.png": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
+    "deep grey.tif": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
+    "deep.png": (bytes_of(deep_png()), DEEP // 256, 1), "deep.tif": (bytes_of(deep_tiff()), DEEP // 256, 1),
+    "cmyk.tif": (saved(Image.fromarray(INKS, "CMYK")), INKED, 2),
+    "colour.jpg": (saved(PICTURE, quality=95), COLOURS, 16),
+    "progressive.jpeg": (saved(PICTURE, quality=95, progressive=True), COLOURS, 16),
+    "grey.jpg": (saved(Image.fromarray(GREY), quality=95), three(GREY), 8),
+    "cmyk.jpg": (saved(Image.fromarray(INKS, "CMYK"), quality=98), INKED, 16),
+}
+
+
+@pytest.mark.parametrize("name, kind", [(name, (*kind, 0)) for name, kind in EXACT.items()] + list(CLOSE.items()),
+                         ids=[*EXACT, *CLOSE])
+def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
+    """Alpha is ignored, of an animation and of several pages the first counts, the content decides and not the ending."""
+    write, expected, tolerance = kind
+    write(tmp_path / name)
+    image = datasets.read_image(tmp_path / name)
+    assert image.dtype == np.uint8 and image.shape == expected.shape and image.flags.c_contiguous
+    assert np.abs(image.astype(int) - expected).max() <= tolerance
+    assert datasets.find_images(tmp_path) == [name]
+
+
+def test_jpegs_are_decoded_as_pillow_does(tmp_path):
+    for name in ("colour.jpg", "progressive.jpeg", "grey.jpg", "cmyk.jpg"):
+        CLOSE[name][0](tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            theirs = np.asarray(image.convert("RGB")).astype(int)
+        assert np.abs(datasets.read_image(tmp_path / name) - theirs).max() <= (2 if name == "cmyk.jpg" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_a_picture_is_turned_as_its_exif_says(tmp_path, ending, orientation):
+    """All eight orientations, on four quarters of different colour, against Pillow's exif_transpose."""
+    quarters = np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 240)]], np.uint8).repeat(16, 0).repeat(24, 1)
+    exif, file = Image.Exif(), tmp_path / f"turned.{ending}"
+    exif[0x112] = orientation
+    Image.fromarray(quarters).save(file, exif=exif, **({"quality": 95, "subsampling": 0} if ending == "jpg" else {}))
+    with Image.open(file) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    assert expected.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
+    assert np.abs(datasets.read_image(file) - expected).max() <= 2
+    if orientation == 6:  # a camera held upright: what was left is above
+        assert np.abs(expected[5, 5] - (10, 10, 250)).max() < 10
+
+
+# ---------------------------------------------------------------- names and folders
+NAMES = ["plain.jpg", "UPPER.JPG", "Mixed.JpEg", "p.PNG", "b.Bmp", "t.TIF", "t.Tiff", "with space .png", "comma, too.png",
+         'a "quoted" one.png', "it's.png", "#1.png", "new\nline.png", "tab\t.png", "per%20cent.png", "back\\slash.png",
+         "star*[1]?.png", "äöü-細胞.png", "e\u0301.png", "\u00e9.png", "{0}.png", "$HOME.png", "-flag.png",
+         "no text \udcff\udce4.png", "double.jpg.png", " .png"]
+
+
+def shade(i):
+    """A grey picture that tells its number."""
+    return np.full((9, 9, 3), (5 * i + 20) % 256, np.uint8)
+
+
+@pytest.fixture
+def named(tmp_path):
+    """Data set in a folder of an odd name, of two classes of odd names, with all NAMES in each; (root, classes)."""
+    root, classes = tmp_path / "da[ta] #1, é\udcfa", ["A, \"b\"\n", "cl\udce9ß"]
+    for label in classes:
+        (root / label).mkdir(parents=True)
+        for i, name in enumerate(NAMES):
+            (root / label / name).write_bytes(cv2.imencode(".png", shade(i))[1].tobytes())
+    return root, classes
+
+
+def test_files_of_every_name_are_found_and_read(named):
+    root, classes = named
+    cells = datasets.open_dataset(root)
+    assert cells.classes == sorted(classes) and len(cells) == 2 * len(NAMES)
+    assert sorted(cells.paths.tolist()) == sorted(f"{label}/{name}" for label in classes for name in NAMES)
+    for i, path in enumerate(cells.paths.tolist()):
+        label, name = path.split("/")
+        assert cells.classes[cells.targets[i]] == label
+        assert np.array_equal(cells[i], shade(NAMES.index(name))), path
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(named, tmp_path, monkeypatch, capsys):
+    """The terminal takes UTF-8 alone: what is none comes as an escape. Duplicates across the two classes name every file."""
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "--data", str(named[0]), "--runs", str(tmp_path / "runs")])
+    datasets.main()
+    out = capsys.readouterr().out
+    assert f"exact duplicates {len(NAMES)} groups, {len(NAMES)} of them across classes" in out
+    assert "cl\\udce9ß/äöü-細胞.png" in out and "no text \\udcff\\udce4.png" in out
+
+
+def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
+    """From the folder to predictions.csv and best.pt, all names are those of the disk."""
+    root, classes = named
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(root), "--runs", str(tmp_path / "runs"), *(
+        "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu --workers 0 --lr 0.01 --epochs 1").split()])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.guarded(train.main) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "cl\\udce9ß" in capsys.readouterr().out
+    folder = tmp_path / "runs/train/shufflenet_v2_x0_5/random/fold0"
+    read = [evaluate.read_predictions(folder / name) for name in ("predictions.csv", "val_predictions.csv")]
+    assert torch.load(folder / "best.pt", weights_only=True)["classes"] == sorted(classes) == sorted(read[0].classes)
+    tested = [path for part in read for path in part.paths]
+    assert len(set(tested)) == len(tested) == round(0.36 * 2 * len(NAMES))
+    assert all((root / path).is_file() for path in tested)
+
+
+def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
+    """Hidden files and folders, stray files, empty classes; folders may end like files."""
+    keep = ["A/1.png", "A/deeper/still/2.jpg", "A/folder.png/3.png", "B/1.png"]
+    drop = ["A/.hidden.png", "A/._1.png", ".trash/1.png", "A/.thumbs/1.png", "A/Thumbs.db", "A/readme.txt", "B/1.png.part", "B/png",
+            "B/1.gif", "B/notes.csv", "list.txt", "stray.png", "also stray.JPG", ".DS_Store"]
+    for name in keep + drop:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_bytes(b"x")
+    for name in ("empty", "hollow/deeper"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    cells = datasets.open_dataset(tmp_path / "mine")
+    assert cells.paths.tolist() == keep and cells.classes == ["A", "B"] and cells.targets.tolist() == [0, 0, 0, 1]
+    notes = "\n".join(cells.notes)
+    assert len(cells.notes) == 3 and "2 images" in notes and "outside any class folder" in notes
+    assert "class folder empty holds no image" in notes and "class folder hollow holds no image" in notes
+
+
+def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
+    """To the folder itself, the class, the data set, above it; by name and through another folder. A link to elsewhere is followed."""
+    root = tmp_path / "mine"
+    for label in "AB":
+        (root / label / "in").mkdir(parents=True)
+        (root / label / "in" / "1.png").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(b"x")
+    links = {"A/in/self": ".", "A/in/class": "..", "A/in/set": root, "A/in/above": tmp_path, "B/up": "../..", "loop": ".",
+             "B/far": tmp_path / "elsewhere", "A/3.png": "../../elsewhere/2.png", "A/in/round": "../round", "A/round": "in/round"}
+    for place, target in links.items():
+        (root / place).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    cells = datasets.open_dataset(root)
+    assert cells.paths.tolist() == ["A/3.png", "A/in/1.png", "B/far/2.png", "B/in/1.png"]
+    assert cells.notes == ["class folder loop holds no image: left out"]
+    (tmp_path / "linked").symlink_to(root)  # the data set by another name
+    assert datasets.open_dataset(tmp_path / "linked").paths.tolist() == cells.paths.tolist()
+
+
+@pytest.mark.long
+def test_100000_files_in_one_folder_are_indexed_within_seconds(tmp_path):
+    """Hard links to two files. The time includes the fingerprint, which looks at each file's size."""
+    for label in "AB":
+        (tmp_path / "mine" / label).mkdir(parents=True)
+    (tmp_path / "mine/B/1.png").write_bytes(cv2.imencode(".png", shade(1))[1].tobytes())
+    for half in range(2):
+        shutil.copy(tmp_path / "mine/B/1.png", tmp_path / f"{half}.png")
+        for i in range(50_000):  # a file has room for 65,000 names on ext4
+            os.link(tmp_path / f"{half}.png", tmp_path / f"mine/A/{half}-{i}.png")
+    start = time.perf_counter()
+    cells = datasets.open_dataset(tmp_path / "mine")
+    opened = time.perf_counter() - start
+    datasets.fingerprint(cells)
+    both = time.perf_counter() - start
+    print(f"opened in {opened:.2f} s, fingerprint {both - opened:.2f} s")
+    assert len(cells) == 100_001 and len(set(cells.paths.tolist())) == 100_001 and opened < 5 and both < 15
+
+
+# ---------------------------------------------------------------- what cannot be read
+BOMB = png(9500, 9500, 1, 0, bytes(1189 * 9500))  # 11 KB that become 271 MB of RGB; Pillow warns from 89,478,485 pixels on
+
+
+def good(folder, number=6):
+    """Two classes of pictures."""
+    for i in range(number):
+        (folder / "AB"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "AB"[i % 2] / f"good {i}.png").write_bytes(cv2.imencode(".png", shade(i))[1].tobytes())
+
+
+def check(folder, runs, **options):
+    """The pass over a data set."""
+    return datasets.check_dataset(datasets.open_dataset(folder), runs, **options)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "tif"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_a_file_cut_anywhere_is_found(tmp_path, ending, share):
+    """Of noise, so that the last twentieth holds pixels."""
+    good(tmp_path / "mine")
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / f"mine/A/cut.{ending}")
+    content = (tmp_path / f"mine/A/cut.{ending}").read_bytes()
+    assert check(tmp_path / "mine", tmp_path / "runs")["unreadable"] == []
+    (tmp_path / f"mine/A/cut.{ending}").write_bytes(content[:int(share * len(content))])
+    assert [path for path, _ in check(tmp_path / "mine", tmp_path / "runs")["unreadable"]] == [f"A/cut.{ending}"]
+
+
+def test_damage_that_opencv_bears_is_found(tmp_path):
+    """A byte in the middle of a compressed TIFF: OpenCV gives an array, Pillow an error."""
+    good(tmp_path / "mine")
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "mine/A/damaged.tif", compression="tiff_adobe_deflate")
+    content = bytearray((tmp_path / "mine/A/damaged.tif").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "mine/A/damaged.tif").write_bytes(content)
+    assert datasets.read_image(tmp_path / "mine/A/damaged.tif").shape == (64, 64, 3)
+    (path, why), = check(tmp_path / "mine", tmp_path / "runs")["unreadable"]
+    assert path == "A/damaged.tif" and "decoder error" in why
+
+
+def test_pictures_of_too_many_pixels_are_left_out_whichever_thread_meets_them(tmp_path):
+    """A third of 300 files are bombs, looked at by 8 threads at once; the warnings of the program are as before."""
+    good(tmp_path / "mine", 200)
+    for i in range(100):
+        (tmp_path / "mine" / "AB"[i % 2] / f"good {2 * i}~.png").write_bytes(BOMB)
+    filters = list(warnings.filters)
+    info = check(tmp_path / "mine", tmp_path / "runs", workers=8)
+    assert sorted(path for path, _ in info["unreadable"]) == sorted(f"{'AB'[i % 2]}/good {2 * i}~.png" for i in range(100))
+    assert all("90250000 pixels" in why for _, why in info["unreadable"])
+    assert warnings.filters == filters
+
+
+def test_files_that_the_system_does_not_give_are_left_out(tmp_path):
+    """Links to nothing and to themselves, a picture of 32-bit numbers; a pass that says the same each time."""
+    good(tmp_path / "mine")
+    (tmp_path / "mine/A/nowhere.png").symlink_to("gone.png")
+    (tmp_path / "mine/A/self.png").symlink_to("self.png")
+    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(tmp_path / "mine/B/float.tif")
+    (tmp_path / "mine/B/empty.png").touch()
+    info = check(tmp_path / "mine", tmp_path / "runs")
+    assert [path for path, _ in info["unreadable"]] == ["A/nowhere.png", "A/self.png", "B/empty.png", "B/float.tif"]
+    assert all(why for _, why in info["unreadable"])
+    assert check(tmp_path / "mine", tmp_path / "again")["unreadable"] == info["unreadable"]
+    with pytest.raises(ValueError, match=r"^[^\n]*B/empty.png: an empty file$"):
+        datasets.read_image(tmp_path / "mine/B/empty.png")
+
+
+def test_files_and_folders_of_other_people(without_rights):
+    """A file without the right to read it is left out; a class folder without it ends the run, since its images would be missed."""
+    folder, context = without_rights
+    good(folder / "mine")
+    (folder / "mine/A/good 2.png").chmod(0)
+    (folder / "runs").mkdir()
+    (folder / "runs").chmod(0o777)
+    with context():
+        (path, why), = check(folder / "mine", folder / "runs")["unreadable"]
+    assert path == "A/good 2.png" and "Permission denied" in why
+    (folder / "mine/B").chmod(0)
+    try:
+        with context(), pytest.raises(SystemExit, match=r"^[^\n]*mine/B/: Permission denied[^\n]*$"):
+            datasets.open_dataset(folder / "mine")
+    finally:
+        (folder / "mine/B").chmod(0o755)
+
+
+def test_training_names_what_it_leaves_out(tmp_path, capsys):
+    """Seven files of 20: five by name and reason, the others by number; the cells that remain keep class and order."""
+    good(tmp_path / "mine", 13)
+    for i in range(7):
+        (tmp_path / f"mine/A/broken {i}.png").write_bytes(b"x" * i)
+    cells, info = train.open_checked(tmp_path / "mine", tmp_path / "runs")
+    said = capsys.readouterr().err.splitlines()
+    assert [f"broken {i}.png cannot be read" in line for i, line in zip(range(5), said)] == [True] * 5
+    assert len(said) == 6 and "2 unreadable images more" in said[5] and "mine.json" in said[5]
+    kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)]
+    assert cells.paths.tolist() == kept and cells.targets.tolist() == [0] * 7 + [1] * 6
+    assert all(np.array_equal(cells[i], shade(int(path[7:-4]))) for i, path in enumerate(kept))

@@ -1,0 +1,430 @@
+"""The learning-rate range test: how it is run, which rate is taken from it, and that nothing of it is left in the run.
+
+Truth comes from numpy.geomspace for the rates, from a softmax regression trained by hand in NumPy for the losses, from curves whose
+steepest descent is known by hand, and from torch-lr-finder's own suggestion, where the two rules agree and where they must not.
+"""
+import contextlib
+import copy
+import csv
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch_lr_finder
+from PIL import Image
+
+import datasets
+import models
+import train
+
+RATES = np.geomspace(1e-7, 10, 100)
+STEPS = np.arange(100)
+MEAN, STD = np.array([0.5, 0.4, 0.6]), np.array([20, 25, 22])  # large ones keep the regression stable up to a rate of 10
+SETTINGS = {"seed": 3, "image_size": 8, "mean": MEAN, "std": STD, "crop": True, "workers": 0, "device": torch.device("cpu"),
+            "amp": "off", "memory_format": "contiguous", "batch_size": 8}
+
+
+def smoothed(losses, share=0.05):
+    """Exponential smoothing as torch-lr-finder does it: starting from the first loss."""
+    out = [losses[0]]
+    for loss in losses[1:]:
+        out.append(share * loss + (1 - share) * out[-1])
+    return np.array(out)
+
+
+def suggestion_of_the_library(losses):
+    """The index of the rate that torch-lr-finder marks in its plot of a smoothed curve."""
+    from matplotlib import pyplot
+    net = torch.nn.Linear(1, 1)
+    finder = torch_lr_finder.LRFinder(net, torch.optim.SGD(net.parameters(), lr=1e-7), torch.nn.MSELoss())
+    finder.history = {"lr": RATES[:len(losses)].tolist(), "loss": list(losses)}
+    figure, axes = pyplot.subplots()
+    with contextlib.redirect_stdout(None):
+        _, rate = finder.plot(ax=axes)
+    pyplot.close(figure)
+    return int(np.abs(RATES - rate).argmin())
+
+
+def chosen(losses):
+    """The index of the rate that choose_lr takes, or None."""
+    rate = train.choose_lr(RATES[:len(losses)].tolist(), list(losses))
+    return None if rate is None else RATES.tolist().index(rate)
+
+
+# ---------------------------------------------------------------- the rule
+def valley(middle, width, bottom, fall=1.0):
+    """A smoothed curve that falls by tanh, steepest at step `middle`, has its minimum at `bottom` and rises after it."""
+    curve = 3 - fall * np.tanh((STEPS - middle) / width)
+    return np.where(STEPS > bottom, curve[bottom] + ((STEPS - bottom) / 10.0) ** 2, curve)
+
+
+@pytest.mark.parametrize("middle", [40, 50, 61])
+def test_on_a_smooth_valley_it_is_the_steepest_point_known_by_hand(middle):
+    """The slope of -tanh is steepest in its middle; the library's suggestion is the same there."""
+    curve = valley(middle, 6, middle + 25)
+    assert chosen(curve) == middle == suggestion_of_the_library(curve)
+
+
+def test_a_dip_after_the_minimum_is_not_chosen():
+    """The loss explodes at step 70, and falls back from 9 faster than it ever fell before: the library takes that dip."""
+    curve = valley(45, 6, 68)
+    curve[72:] = 9 - 5 * np.tanh((STEPS[72:] - 86) / 3)
+    assert curve.argmin() == 68 and curve[68] < curve[72:].min()
+    assert suggestion_of_the_library(curve) == 86
+    assert chosen(curve) == 45
+
+
+def test_a_steep_start_of_the_smoothing_is_not_a_descent():
+    """A first batch of 3.6 among losses of 3: the library's smoothing fades from it as 0.95^n, steepest where its plot begins, at 10."""
+    raw = np.full(100, 3.0)
+    raw[0] = 3.6
+    raw[40:60] -= np.linspace(0, 0.4, 20)  # the true descent
+    raw[60:] = 2.6
+    raw[80:] += np.arange(20) * 0.5
+    assert suggestion_of_the_library(smoothed(raw)) == 10
+    assert 55 <= chosen(smoothed(raw)) <= 62  # the smoothing is steepest where the fall ends
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_curve_is_read_up_to_its_first_loss_that_is_not_finite(value):
+    """From step 66 on nothing counts, be it finite again and lower still; nor do the 5 points before."""
+    curve = valley(45, 6, 60)
+    curve[66:] = value
+    assert chosen(curve) == 45
+    curve[70:] = np.linspace(1, -90, 30)
+    assert chosen(curve) == 45
+    early = valley(45, 6, 60)
+    early[12] = value
+    assert chosen(early) is None
+
+
+def test_a_curve_that_was_ended_early_is_enough():
+    """torch-lr-finder stops at a loss of five times the best: 75 points, the explosion in the last 5."""
+    curve = valley(45, 6, 99)[:75]
+    curve[71:] += [1, 3, 8, 20]
+    assert chosen(curve) == 45
+
+
+def test_a_fall_in_the_first_10_or_last_5_points_is_dropped():
+    ending = np.full(100, 3.0)
+    ending[95:] = 0
+    assert chosen(ending) is None
+    ending[90:95] -= np.linspace(0.2, 1, 5)
+    assert chosen(ending) is not None
+    raw = np.full(100, 3.0)
+    raw[:10] = [4] * 6 + [1] * 4
+    raw[50:70] -= np.linspace(0, 2, 20)
+    raw[70:] = 1 + np.arange(30) * 0.5
+    assert 55 <= chosen(smoothed(raw)) <= 72
+
+
+@pytest.mark.parametrize("curve", [
+    np.full(100, 2.0), np.linspace(2, 3, 100), 2 + np.maximum(0, STEPS - 60.0) ** 2, np.array([2.0]), np.array([]), np.full(100, np.nan)])
+def test_a_curve_that_never_descends_gives_no_rate(curve):
+    assert chosen(curve) is None
+
+
+@pytest.mark.parametrize("last", range(60, 80, 4))
+def test_a_rate_at_which_the_next_step_explodes_is_not_chosen(last):
+    """The loss falls ever faster up to the step before it explodes: the steepest 10 steps end there, and their middle is chosen."""
+    curve = 3 - ((STEPS - 20).clip(0) / 40.0) ** 2
+    curve[last + 1:] = curve[last] + np.arange(1, 100 - last) ** 2
+    assert chosen(curve) == last - 5
+
+
+def test_noise_is_no_descent_and_a_descent_is_found_in_noise():
+    """Of 300 curves of mere noise at most 3% are taken for a descent; a fall of ten times the noise is always found, where it is."""
+    noise = [0.2 * np.random.default_rng(i).standard_normal(100) for i in range(300)]
+    assert sum(chosen(smoothed(3 + one)) is not None for one in noise) <= 9
+    raw = 3 - 2 * np.clip((STEPS - 45) / 20, 0, 1) + np.maximum(0, STEPS - 80.0)
+    places = [chosen(smoothed(raw + one)) for one in noise]
+    assert None not in places
+    assert np.mean([45 <= place <= 75 for place in places]) > 0.98
+
+
+def test_a_gentle_fall_in_noise_is_placed_more_surely_than_by_slopes_over_10_steps_alone():
+    """A fall of less than twice the noise over 45 steps: the scatter of 300 chosen places beside that of the simple rule, written here."""
+    raw, ours, simple = 3 - 0.35 * np.clip((STEPS - 30) / 45, 0, 1) + np.maximum(0, STEPS - 80.0), [], []
+    for i in range(300):
+        noisy = raw + 0.2 * np.random.default_rng(i).standard_normal(100)
+        if (place := chosen(smoothed(noisy))) is not None:
+            curve = smoothed([np.median(noisy[:10]), *noisy])[11:96]
+            curve = curve[:curve.argmin() + 1]
+            ours.append(place)
+            simple.append(15 + (curve[:-10] - curve[10:]).argmax())
+    assert len(ours) > 270 and np.std(ours) < 0.85 * np.std(simple)
+
+
+# ---------------------------------------------------------------- how it is run
+@pytest.fixture
+def cells():
+    """Two classes of 20 and 3 pictures of 12 x 12: red 60 or 180 says the class, green and blue the picture; halves differ by 20 in red."""
+    pictures = {}
+    for i in range(23):
+        image = np.empty((12, 12, 3), np.uint8)
+        image[:] = (60 if i < 20 else 180, 40 + 9 * i, 250 - 9 * i)
+        image[:, 6:, 0] += 20
+        pictures[f"{i}.png"] = image
+    return datasets.Cells(".", "two", ["A", "B"], list(pictures), np.arange(23) >= 20, read=pictures.__getitem__)
+
+
+def regression(seen, size=8):
+    """Softmax regression of pixels; seen gets a copy of each batch that it is given and the precision of what comes out."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, 2))
+    net.register_forward_pre_hook(lambda module, given: seen.append([given[0].detach().clone()]))
+    net.register_forward_hook(lambda module, given, out: seen[-1].append(out.dtype))
+    return net
+
+
+def pixels(batch):
+    """uint8 values [N,3,H,W] of a normalised batch."""
+    return (batch.double().numpy() * STD[:, None, None] + MEAN[:, None, None]) * 255
+
+
+def labels(batch):
+    """Class numbers of the pictures, by the red of their middle, where the rotation leaves no black."""
+    return (pixels(batch)[:, 0, 4, 4] > 130).astype(int)
+
+
+def losses_by_hand(net, batches):
+    """Smoothed losses of softmax regression under SGD with momentum 0.9 and without weight decay, in NumPy."""
+    weight, bias = (p.detach().double().numpy().copy() for p in net.parameters())
+    moves, losses = [0, 0], []
+    for rate, batch in zip(RATES, batches, strict=True):
+        x, y = batch.double().numpy().reshape(len(batch), -1), labels(batch)
+        logits = x @ weight.T + bias
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        losses.append(-np.log(p[np.arange(len(y)), y]).mean())
+        slope = (p - np.eye(2)[y]) / len(y)
+        moves = [0.9 * moves[0] + slope.T @ x, 0.9 * moves[1] + slope.sum(0)]
+        weight, bias = weight - rate * moves[0], bias - rate * moves[1]
+    return smoothed(losses)
+
+
+def test_100_rates_from_1e7th_to_10_and_losses_of_sgd_by_hand(cells):
+    seen = []
+    net = regression(seen)
+    rates, losses = train.range_test(net, cells, **SETTINGS)
+    assert np.allclose(rates, RATES, rtol=1e-9, atol=0) and len(losses) == 100
+    assert np.allclose(losses, losses_by_hand(net, [batch for batch, _ in seen]), rtol=2e-5)
+    assert np.std(losses) > 0.01
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_its_batches_are_those_of_the_training(cells, crop):
+    """23 images, 3 batches an epoch: still 100 batches, all different, balanced, rotated, cropped but in pre-training."""
+    seen = []
+    train.range_test(regression(seen), cells, **SETTINGS | {"crop": crop})
+    batches = [pixels(batch) for batch, _ in seen]
+    assert len(batches) == 100 and {batch.shape for batch in batches} == {(8, 3, 8, 8)}
+    assert len({batch.tobytes() for batch in batches}) == 100
+    share = np.mean([labels(batch) for batch, _ in seen])
+    assert abs(share - 0.5) < 5 * 0.5 / 800**0.5  # 3 of 23 images
+    images = np.concatenate(batches)
+    assert 0.5 < (images[:, :, 0, 0].max(1) < 20).mean() < 1  # corners uncovered by the rotation
+    inner = images[:, 0, 2:6, 2:6]
+    assert (np.ptp(inner, axis=(1, 2)) < 3).any() == crop  # one half of the picture alone
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_it_uses_the_layout_of_the_training(cells, layout):
+    seen = []
+    train.range_test(regression(seen), cells, **SETTINGS | {"memory_format": layout})
+    assert {batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in seen} == {layout == "channels_last"}
+
+
+@pytest.mark.parametrize("amp, precision", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_it_uses_the_precision_of_the_training(cells, amp, precision):
+    """Mixed precision follows the hand-made losses to its three digits, but not to float32's seven."""
+    seen = []
+    net = regression(seen)
+    rates, losses = train.range_test(net, cells, **SETTINGS | {"amp": amp})
+    assert {out for _, out in seen} == {precision} and len(rates) == 100
+    error = np.abs(losses / losses_by_hand(net, [batch for batch, _ in seen]) - 1)
+    assert error.max() < 0.02 and (error.max() < 2e-5) == (amp == "off")
+
+
+def test_the_number_of_data_workers_changes_nothing(cells):
+    """Two runs, one with a worker process: the same losses, bit for bit."""
+    alone, shared = (train.range_test(regression([]), cells, **SETTINGS | {"workers": workers}) for workers in (0, 1))
+    assert alone == shared
+
+
+def test_a_network_that_diverges_still_gives_the_rate_of_its_descent(cells):
+    """Three linear layers without normalisation explode long before a rate of 10; the descent lies before that."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    rates, losses = train.range_test(net, cells, **SETTINGS | {"std": np.full(3, 0.02)})
+    assert len(rates) == len(losses) < 100 and not losses[-1] < 5 * min(losses)
+    rate = train.choose_lr(rates, losses)
+    assert rates[10] < rate < rates[int(np.argmin(losses))]
+
+
+def test_the_network_is_left_as_it_was(cells):
+    """Parameters, running means and their counters, gradients, mode and layout of a network with batch norm."""
+    net = models.build_model("shufflenet_v2_x0_5", 2, image_size=32).eval()
+    before, strides = copy.deepcopy(net.state_dict()), [p.stride() for p in net.parameters()]
+    train.range_test(net, cells, **SETTINGS | {"image_size": 32, "memory_format": "channels_last"})
+    assert before.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert any(key.endswith("num_batches_tracked") for key in before)
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert strides == [p.stride() for p in net.parameters()] and not net.training
+
+
+# ---------------------------------------------------------------- in a run
+OPTIONS = "--model shufflenet_v2_x0_5 --init random --image-size 32 --batch-size 8 --workers 0 --device cpu --amp off --epochs 2".split()
+
+
+def train_py(*arguments):
+    """train.py's main() with arguments; its exit status."""
+    before, sys.argv = sys.argv, ["train.py", *OPTIONS, *map(str, arguments)]
+    try:
+        return train.main()
+    finally:
+        sys.argv = before
+
+
+def place(runs, fold=None):
+    """The folder of the runs' one model and init, or of a fold of it."""
+    return pathlib.Path(runs) / "train" / "shufflenet_v2_x0_5" / "random" / ("" if fold is None else f"fold{fold}")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of three classes of 10 pictures of noise around a colour of their own."""
+    folder, rng = tmp_path_factory.mktemp("pictures") / "bm", np.random.default_rng(0)
+    for label, colour in {"EBO": (200, 60, 60), "EOS": (60, 200, 60), "LYT": (60, 60, 200)}.items():
+        (folder / label).mkdir(parents=True)
+        for i in range(10):
+            image = np.clip(rng.normal(colour, 40, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(pictures, tmp_path_factory):
+    """Runs folder of fold 1 alone with --lr auto, the rate then measured, and a copy of what stood there after it."""
+    runs = tmp_path_factory.mktemp("measured")
+    assert train_py("--data", pictures, "--runs", runs / "now", "--fold", 1) == 0
+    shutil.copytree(runs / "now", runs / "then")
+    return runs
+
+
+def test_what_is_kept_of_it(measured):
+    """measured.json, the whole curve as CSV, and a picture: its red line stands where the rate lies between the curve's ends."""
+    folder = place(measured / "then")
+    assert {file.name for file in folder.iterdir()} == {"measured.json", "measured.lock", "lr_range.csv", "lr_range.png", "fold1"}
+    found = json.loads((folder / "measured.json").read_text())
+    assert found["memory_format"] == "channels_last" and "warning" not in found  # on a CPU nothing is tried
+    with open(folder / "lr_range.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    rates, losses = np.array(rows, float).T
+    assert header == ["lr", "smoothed_loss"] and np.allclose(rates, RATES[:len(rates)], rtol=1e-9, atol=0)
+    assert found["lr"] in rates.tolist() and found["lr"] < rates[losses.argmin()]
+    assert json.loads((folder / "fold1/config.json").read_text())["lr"] == found["lr"]
+    with Image.open(folder / "lr_range.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        shown = np.asarray(image.convert("RGB")).astype(int)
+    blue, red = ((np.abs(shown - colour).sum(2) < 60) for colour in ((31, 119, 180), (214, 39, 40)))  # matplotlib's first and fourth
+    curve, line = np.flatnonzero(blue.any(0)), int(red.sum(0).argmax())
+    expected = (np.log10(found["lr"]) - np.log10(rates[0])) / (np.log10(rates[-1]) - np.log10(rates[0]))
+    assert abs((line - curve[0]) / np.ptp(curve) - expected) < 0.02
+
+
+def test_it_is_done_once_on_fold_0_whichever_fold_comes_first(measured, pictures, tmp_path):
+    """Fold 1 first: fold 0 measures nothing anew, and a runs folder where fold 0 came first has the same curve and rate."""
+    names = ("measured.json", "lr_range.csv", "lr_range.png")
+    assert train_py("--data", pictures, "--runs", measured / "now", "--fold", 0) == 0
+    assert all((place(measured / "now") / name).read_bytes() == (place(measured / "then") / name).read_bytes() for name in names)
+    assert (place(measured / "now") / "lr_range.csv").stat().st_mtime < (place(measured / "now", 0) / "config.json").stat().st_mtime
+    assert train_py("--data", pictures, "--runs", tmp_path, "--fold", 0) == 0
+    for name in ("measured.json", "lr_range.csv"):
+        assert (place(tmp_path) / name).read_bytes() == (place(measured / "now") / name).read_bytes()
+    assert same_run(place(tmp_path, 0), place(measured / "now", 0))
+
+
+def test_it_sees_the_training_images_of_fold_0_and_no_other(measured, pictures):
+    """The curve comes out again from the images that split.csv, read here line by line, marks train in fold 0; not from fold 1's."""
+    with open(measured / "then/split.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(place(measured / "then") / "lr_range.csv", newline="") as file:
+        written = [float(row["smoothed_loss"]) for row in csv.DictReader(file)]
+    info = json.loads((measured / "then/data/bm.json").read_text())
+    settings = SETTINGS | {"seed": 0, "image_size": 32, "mean": info["mean"], "std": info["std"], "memory_format": "channels_last"}
+    for fold in (0, 1):
+        paths = [row["path"] for label in ("LYT", "EOS", "EBO") for row in rows if row[f"fold{fold}"] == "train" and row["label"] == label]
+        part = datasets.Cells(pictures, "bm", ["LYT", "EOS", "EBO"], paths, np.repeat([0, 1, 2], len(paths) // 3))
+        paths.sort(key=lambda path: (part.classes.index(path[:3]), path))
+        part.paths = np.array(paths)
+        train.seed_all(0, 0)
+        _, losses = train.range_test(models.build_model("shufflenet_v2_x0_5", 3, image_size=32), part, **settings)
+        assert (losses == written) == (fold == 0)
+
+
+def same_run(one, other):
+    """Do two folders hold the same training? log.csv but for time, the weights bit by bit, the predictions byte by byte."""
+    def log(folder):
+        with open(folder / "log.csv", newline="") as file:
+            return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+    first, second = (torch.load(folder / "best.pt", weights_only=True)["state_dict"] for folder in (one, other))
+    return (log(one) == log(other) and all((one / name).read_bytes() == (other / name).read_bytes()
+                                           for name in ("predictions.csv", "val_predictions.csv"))
+            and all(torch.equal(value, second[key]) for key, value in first.items()))
+
+
+def test_a_run_is_the_same_with_a_range_test_before_it_or_without(measured, pictures, tmp_path):
+    """The rate read from measured.json, or given as --lr, gives the bits that the run had which measured it."""
+    rate = json.loads((place(measured / "then") / "measured.json").read_text())["lr"]
+    place(tmp_path / "read").mkdir(parents=True)
+    shutil.copy(place(measured / "then") / "measured.json", place(tmp_path / "read"))
+    assert train_py("--data", pictures, "--runs", tmp_path / "read", "--fold", 1) == 0
+    assert not (place(tmp_path / "read") / "lr_range.csv").exists()
+    assert train_py("--data", pictures, "--runs", tmp_path / "given", "--fold", 1, "--lr", rate, "--memory-format", "channels_last") == 0
+    assert not place(tmp_path / "given").joinpath("measured.json").exists()
+    for runs in ("read", "given"):
+        assert same_run(place(tmp_path / runs, 1), place(measured / "then", 1))
+
+
+def test_a_loss_that_never_descends_gives_the_default_rate_and_a_warning(tmp_path, capsys):
+    """Black pictures of two classes: there is nothing to learn. The warning is in measured.json and on stderr, for each fold."""
+    for label in "AB":
+        (tmp_path / "black" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (32, 32)).save(tmp_path / "black" / label / f"{i}.png")
+    arguments = ("--data", tmp_path / "black", "--runs", tmp_path, "--epochs", 1)
+    assert train_py(*arguments, "--fold", 2, 0) == 0
+    found = json.loads((place(tmp_path) / "measured.json").read_text())
+    assert found["lr"] == 0.01 and "0.01" in found["warning"] and "never descends" in found["warning"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "never descends" in line]
+    assert len(said) == 2 and all("0.01" in line and str(place(tmp_path)) in line for line in said)
+    for fold in (0, 2):
+        with open(place(tmp_path, fold) / "log.csv", newline="") as file:
+            assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.01]
+    assert (place(tmp_path) / "lr_range.csv").exists() and (place(tmp_path) / "lr_range.png").exists()
+    assert train_py(*arguments, "--fold", 1, "--lr", 0.003) == 0
+    assert "never descends" not in capsys.readouterr().err  # a given rate needs no warning
+
+
+def test_rate_and_layout_are_measured_each_when_first_asked_for(cells, tmp_path):
+    """A rate that is given leaves the range test undone, but not for ever."""
+    settings = {key: value for key, value in SETTINGS.items() if key != "memory_format"}
+
+    def ask(**wanted):
+        return train.measured(tmp_path, lambda fold: regression([]), cells, **settings, **wanted)
+    assert ask(lr=0.5, memory_format="auto") == (0.5, "channels_last")
+    assert "lr" not in json.loads((tmp_path / "measured.json").read_text()) and not (tmp_path / "lr_range.csv").exists()
+    rate, layout = ask(lr="auto", memory_format="contiguous")
+    assert layout == "contiguous" and (tmp_path / "lr_range.csv").exists()
+    (tmp_path / "lr_range.csv").unlink()
+    assert ask(lr="auto", memory_format="auto") == (rate, "channels_last") and not (tmp_path / "lr_range.csv").exists()
+    (tmp_path / "measured.json").write_text('{"lr": 0.0')
+    with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
+        ask(lr="auto", memory_format="auto")

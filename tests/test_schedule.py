@@ -1,0 +1,266 @@
+"""Optimiser, plateau rule and choice of the epoch as in section 2.2: SGD, momentum 0.9, batch 32, 75 epochs, cross-entropy.
+
+Truth comes from rates and epochs worked out by hand for written-down validation losses and accuracies, from SGD in NumPy, from a
+plateau rule written anew, and from scikit-learn's log loss. The network's validation losses are written down, too: a hook
+answers for it, so that fit itself is tested and nothing of it replaced.
+"""
+import argparse
+import csv
+import inspect
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
+
+import datasets
+import evaluate
+import train
+
+SETTINGS = {"image_size": 4, "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 4, "memory_format": "contiguous"}
+
+
+def cells_of(images, targets):
+    """Cells of uint8 [N,H,W,3] in memory."""
+    pictures = {f"{i}.png": image for i, image in enumerate(images)}
+    return datasets.Cells(".", "mine", ["A", "B"], list(pictures), targets, read=pictures.__getitem__)
+
+
+BLACK = cells_of(np.zeros((4, 4, 4, 3), np.uint8), [0, 1, 0, 1])  # without a bias their logits are 0 whatever the weights
+
+
+def linear():
+    """Softmax regression without a bias."""
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2, bias=False))
+
+
+def scripted(losses=None, right=None, fail=None):
+    """A network whose validation on the four BLACK cells has these losses, and this number of right answers, epoch by epoch.
+
+    Its buffer `epoch` counts what it was trained: it is raised by each training step, of which an epoch has one. In
+    epoch `fail` it fails there.
+    """
+    net = linear()
+    net.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+
+    def answer(module, given, out):
+        if module.training:
+            module.epoch += 1
+            if module.epoch == fail:
+                raise InterruptedError("the machine goes down")
+            return None
+        sign = torch.tensor([1.0, -1.0, 1.0, -1.0])  # of the right answer's margin
+        if right is not None:
+            sign[right[module.epoch - 1]:] *= -1
+            return torch.stack([sign, -sign], 1)
+        margin = -np.log(np.expm1(losses[module.epoch - 1]))  # log(1 + exp(-margin)) is the loss
+        return torch.stack([sign * margin / 2, -sign * margin / 2], 1)
+    net.register_forward_hook(answer)
+    return net
+
+
+def fitted(folder, net, epochs, cells=BLACK, **options):
+    """fit's history as {column: list}, which log.csv has to repeat."""
+    history = train.fit(folder, net, cells, cells, epochs=epochs, **{"lr": 0.1} | SETTINGS | options)
+    columns = {column: [row[column] for row in history] for column in history[0]}
+    assert logged(folder) == columns
+    return columns
+
+
+def logged(folder):
+    """log.csv as {column: list of numbers}."""
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {column: [float(row[column]) for row in rows] for column in rows[0]}
+
+
+# ---------------------------------------------------------------- the plateau rule
+def test_a_constant_loss_lowers_the_rate_after_epochs_5_9_and_13(tmp_path):
+    """The first epoch is an improvement on nothing; the four after it are not, and so on."""
+    found = fitted(tmp_path, linear(), 14)
+    assert np.allclose(found["val_loss"], np.log(2), rtol=1e-6) and len(set(found["val_loss"])) == 1
+    assert np.allclose(found["lr"], [0.1] * 5 + [0.01] * 4 + [0.001] * 4 + [0.0001], rtol=1e-9)
+
+
+LOSSES = [1.0, 0.9, 0.95, 0.9, 0.89995, 0.91, 0.8, 0.85, 0.85, 0.85, 0.79, 0.8, 0.8, 0.8, 0.79, 0.5, 0.6]
+
+
+def by_hand(losses, rate):
+    """The rates of ReduceLROnPlateau: a tenth after the fourth epoch in a row that is no better by a ten-thousandth."""
+    rates, best, bad = [], float("inf"), 0
+    for loss in losses:
+        rates.append(rate)
+        bad = 0 if loss < best * (1 - 1e-4) else bad + 1
+        best = min(best, loss) if bad == 0 else best
+        if bad > 3:
+            rate, bad = rate / 10, 0
+    return rates
+
+
+def test_the_rate_falls_to_a_tenth_after_the_fourth_epoch_without_improvement(tmp_path):
+    """Epochs 3 to 6 are no better than 0.9: not 0.9 again, nor 0.89995, lower by half of a ten-thousandth.
+
+    Three bad epochs, 8 to 10, are no reason, and the count starts anew with epoch 11; 12 to 15 are four again.
+    """
+    found = fitted(tmp_path, scripted(LOSSES), len(LOSSES))
+    assert np.allclose(found["val_loss"], LOSSES, rtol=1e-5)
+    assert np.allclose(found["lr"], [0.1] * 6 + [0.01] * 9 + [0.001] * 2, rtol=1e-9)
+    assert np.allclose(found["lr"], by_hand(LOSSES, 0.1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 9, 14])
+def test_the_rate_is_the_same_if_the_run_was_interrupted(tmp_path, stop):
+    """By a failure in the epoch after, the count of bad epochs and the best loss are gone on with."""
+    with pytest.raises(InterruptedError):
+        fitted(tmp_path, scripted(LOSSES, fail=stop + 1), len(LOSSES))
+    assert len(logged(tmp_path)["lr"]) == stop
+    assert np.allclose(fitted(tmp_path, scripted(LOSSES), len(LOSSES))["lr"], by_hand(LOSSES, 0.1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("share, epochs", [(0, 14), (0.05, 9), (0.01, 13), (0.1, 9), (0.11, 5), (1, 5)])
+def test_stop_lr_ends_a_run_below_that_share_of_the_initial_rate(tmp_path, share, epochs):
+    """The rates of a constant loss are 1, 0.1, 0.01 and 0.001 of the initial one, from epochs 1, 6, 10 and 14: equal is not below."""
+    assert len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs
+    assert len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs  # nor does it go on when asked again
+
+
+# ---------------------------------------------------------------- the epoch that is tested
+RIGHT = {"later equals": ([2, 3, 3, 1, 3], 2), "the last": ([1, 2, 1, 3], 4), "all equal": ([2, 2, 2, 2], 1), "falling": ([4, 3, 2, 1], 1)}
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2, 3])
+@pytest.mark.parametrize("right, best", RIGHT.values(), ids=RIGHT)
+def test_the_first_epoch_of_highest_validation_accuracy_is_kept(tmp_path, right, best, stop):
+    """best.pt holds that epoch's number, accuracy and weights, whose own count of training steps proves it; interrupted or not."""
+    if stop:
+        with pytest.raises(InterruptedError):
+            fitted(tmp_path, scripted(right=right, fail=stop + 1), len(right))
+    found = fitted(tmp_path, scripted(right=right), len(right))
+    assert found["val_accuracy"] == [number / 4 for number in right]
+    kept = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert kept["epoch"] == best == 1 + int(np.argmax(found["val_accuracy"]))
+    assert kept["val_accuracy"] == right[best - 1] / 4 and kept["state_dict"]["epoch"] == best
+    assert [file.name for file in tmp_path.glob("best*")] == ["best.pt"]
+
+
+def test_the_lowest_loss_does_not_choose_the_epoch(tmp_path):
+    """A loss above log 2 means four wrong answers, one below it four right ones: epoch 3 is as accurate as epoch 2, and surer."""
+    found = fitted(tmp_path, scripted([0.8, 0.5, 0.4]), 3)
+    assert found["val_accuracy"] == [0, 1, 1] and found["val_loss"][2] < found["val_loss"][1]
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 2
+
+
+# ---------------------------------------------------------------- optimiser
+def test_defaults_are_the_papers():
+    parser = argparse.ArgumentParser()
+    train.add_options(parser)
+    found = vars(parser.parse_args(["--model", "vit_l_32"]))
+    assert (found["epochs"], found["batch_size"], found["image_size"], found["lr"], found["stop_lr"]) == (75, 32, 224, "auto", 0)
+    own = {name: one.default for name, one in inspect.signature(train.fit).parameters.items()}
+    assert (own["epochs"], own["batch_size"], own["image_size"], own["stop_lr"], own["crop"]) == (75, 32, 224, 0, True)
+
+
+def test_weights_without_a_gradient_stay_as_they_are(tmp_path):
+    """Black cells have none: weight decay, be it ever so small, would shrink the weights."""
+    net = linear()
+    before = net[1].weight.detach().clone()
+    fitted(tmp_path, net, 3)
+    assert torch.equal(net[1].weight, before)
+
+
+def test_training_is_sgd_with_momentum_on_cross_entropy(tmp_path):
+    """Against NumPy: v = 0.9 v + g, w = w - rate v, over 3 epochs of 3 steps, momentum kept from epoch to epoch."""
+    rng, seen = np.random.default_rng(0), []
+    images = rng.integers(0, 256, (9, 4, 4, 3), np.uint8)
+    images[:, 1:3, 1:3, 0] = np.where(np.arange(9) < 5, 40, 200)[:, None, None]  # the middle's red says the class
+    images[:, :, :, 0] = images[:, 1:2, 1:2, 0]
+    cells, net = cells_of(images, np.arange(9) >= 5), linear()
+    net.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()) if module.training else None)
+    w, v, losses = net[1].weight.detach().double().numpy().copy(), 0, []
+    found = fitted(tmp_path, net, 3, cells)
+    assert [len(batch) for batch in seen] == [4] * 9  # 9 images are three batches of 4
+    for batch in seen:
+        x, y = batch.double().numpy().reshape(4, -1), (batch[:, 0].amax((1, 2)) > 0.4).long().numpy()
+        p = np.exp(x @ w.T)
+        p /= p.sum(1, keepdims=True)
+        losses.append(-np.log(p[range(4), y]).mean())
+        v = 0.9 * v + (p - np.eye(2)[y]).T @ x / 4
+        w = w - 0.1 * v
+    assert np.allclose(net[1].weight.detach().numpy(), w, rtol=0, atol=2e-5) and np.abs(v).max() > 0.01
+    assert np.allclose(found["train_loss"], np.reshape(losses, (3, 3)).mean(1), rtol=1e-4)
+    assert found["lr"] == [0.1] * 3
+
+
+def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
+    seen, net = [], linear()
+    net.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])) if module.training else None)
+    forty = cells_of(np.zeros((40, 4, 4, 3), np.uint8), np.arange(40) % 2)
+    settings = {key: value for key, value in SETTINGS.items() if key != "batch_size"}
+    train.fit(tmp_path, net, forty, forty, lr=0.1, epochs=1, **settings)
+    assert seen == [32, 32]
+
+
+# ---------------------------------------------------------------- a run
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of train.py of shufflenet_v2_x0_5: three classes of 40, 15 and 10 pictures, hard to tell; (folder, split's rows)."""
+    folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    for label, count, red in (("A", 40, 110), ("B", 15, 120), ("C", 10, 130)):
+        (folder / "mine" / label).mkdir(parents=True)
+        for i in range(count):
+            image = np.clip(rng.normal((red, 120, 120), 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / "mine" / label / f"{i}.png")
+    arguments = (f"--model shufflenet_v2_x0_5 --init random --data {folder}/mine --runs {folder} --fold 1 --image-size 32 --batch-size 22 "
+                 "--workers 0 --device cpu --amp off --lr 0.02 --stop-lr 0.05").split()
+    before, sys.argv = sys.argv, ["train.py", *arguments]
+    try:
+        assert train.main() == 0
+    finally:
+        sys.argv = before
+    with open(folder / "split.csv", newline="") as file:
+        return folder / "train/shufflenet_v2_x0_5/random/fold1", list(csv.DictReader(file))
+
+
+def test_the_rates_of_a_run_follow_from_its_validation_losses(finished):
+    """And it ended once the rate that comes next was below 0.05 of the first, long before epoch 75."""
+    found = logged(finished[0])
+    assert np.allclose(found["lr"], by_hand(found["val_loss"], 0.02), rtol=1e-9)
+    comes_next = by_hand([*found["val_loss"], 9], 0.02)[1:]
+    assert [rate < 0.05 * 0.02 for rate in comes_next] == [False] * (len(comes_next) - 1) + [True]
+    assert found["epoch"] == list(range(1, len(comes_next) + 1)) and len(comes_next) < 75
+    assert json.loads((finished[0] / "config.json").read_text())["epochs"] == 75
+
+
+def test_validation_loss_and_accuracy_are_over_all_images_as_they_come(finished):
+    """scikit-learn on val_predictions.csv gives the best epoch's row of log.csv; classes are not weighted, unlike in training."""
+    folder, rows = finished
+    found, read = logged(folder), evaluate.read_predictions(folder / "val_predictions.csv")
+    best = torch.load(folder / "best.pt", weights_only=True)["epoch"]
+    assert best == 1 + int(np.argmax(found["val_accuracy"]))
+    assert {path: read.classes[label] for path, label in zip(read.paths, read.labels)} == {
+        row["path"]: row["label"] for row in rows if row["fold1"] == "val"}
+    probabilities = read.probabilities / read.probabilities.sum(1, keepdims=True)  # seven digits stand in the file
+    assert found["val_loss"][best - 1] == pytest.approx(log_loss(read.labels, probabilities), rel=1e-5)
+    assert found["val_accuracy"][best - 1] == pytest.approx(accuracy_score(read.labels, read.predictions), abs=1e-12)
+    weights = 1 / np.bincount(read.labels)[read.labels]
+    assert abs(log_loss(read.labels, probabilities, sample_weight=weights) - found["val_loss"][best - 1]) > 1e-3
+    assert balanced_accuracy_score(read.labels, read.predictions) != found["val_accuracy"][best - 1]
+
+
+def test_the_epoch_that_is_tested_is_the_best_one(finished):
+    """best.pt in a bare torchvision network, given the test images by Pillow, gives predictions.csv."""
+    import torchvision
+    folder, rows = finished
+    best, read = torch.load(folder / "best.pt", weights_only=True), evaluate.read_predictions(folder / "predictions.csv")
+    assert set(read.paths) == {row["path"] for row in rows if row["fold1"] == "test"}
+    net = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
+    net.load_state_dict(best["state_dict"])
+    images = np.stack([np.asarray(Image.open(pathlib.Path(folder, "../../../../mine", path))) for path in read.paths])
+    with torch.inference_mode():
+        logits = net(torch.from_numpy((images / 255 - best["mean"]) / best["std"]).float().permute(0, 3, 1, 2))
+    assert np.allclose(logits.double().softmax(1).numpy(), read.probabilities, atol=1e-5)
