@@ -24,7 +24,7 @@ import warnings
 
 import numpy as np
 import torch
-from matplotlib import colormaps, image, rcParams
+from matplotlib import colormaps, image, rc_context
 from matplotlib.figure import Figure
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -34,7 +34,6 @@ from tqdm import tqdm
 import datasets
 import models
 
-rcParams["text.parse_math"] = False  # a $ in a file name is no formula
 LEAST_GRID = 4  # places along a side that a heatmap has at least; 224 pixels give the paper's architectures 7 or 14
 PICTURE = 320  # pixels: the longer side of an image as it is shown
 NOTE = ("From blue to red: how much each of {0} x {0} places speaks for the class named above the map (Grad-CAM); each map"
@@ -149,6 +148,7 @@ def add_heat(cells, classes, data, device, batch_size):
                 bar.update(len(some))
 
 
+@rc_context({"text.parse_math": False})  # a $ in a file name is no formula
 def draw_figure(file, title, classes, right, wrong):
     """One class's figure; right, wrong: (heading, cells) of its left and, with two heatmaps each, its right half."""
     rows = max(1, len(right[1]), len(wrong[1]))
@@ -377,6 +377,7 @@ def write_csv(file, rows):
         csv.writer(handle).writerows(rows)
 
 
+@rc_context({"text.parse_math": False})
 def write_scores(out, classes, truth, p, ratio, prior):
     """Write and print table5.csv and table4.csv; confusion.csv (rows: truth) and .png for the prior."""
     table5, table4 = score_tables(classes, [(truth, p)], [ratio], prior)

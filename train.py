@@ -453,7 +453,8 @@ def write_curve(folder, rates, losses, lr):
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(rates, losses)
     axes.axvline(lr, color="tab:red", linestyle="--", label=f"chosen: {lr:.2g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)", title=f"Range test, {folder.parent.name}, {folder.name}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)",
+             title=f"Range test, {folder.parent.name}, {folder.name}")
     axes.legend()
     with datasets.whole(folder / "lr_range.png") as handle:
         figure.savefig(handle, dpi=150)
@@ -505,7 +506,8 @@ def record(folder, same, also):
 def versions():
     """Versions of the packages that results depend on, and the git commit if there is one."""
     here = pathlib.Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True,
+                            check=False).stdout.strip()
     names = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "torch-lr-finder")
     found = {}
     for name in names:
@@ -660,7 +662,7 @@ def open_checked(data, runs):
 
 
 def open_split(file, cells, unreadable):
-    """Parts (str [N, folds]) of the images by the split at file, made with 5 folds if there is none. Returns (cells of the split, parts)."""
+    """(cells of the split, their parts: str [N, folds]) by the split at file, which is made with 5 folds if there is none."""
     with datasets.alone(file.with_name(".split.lock")):
         if not file.exists():
             splits.write_splits(file, cells.paths, [cells.classes[t] for t in cells.targets], splits.make_splits(cells.targets))
@@ -673,7 +675,8 @@ def open_split(file, cells, unreadable):
                          "start anew with another --runs folder")
     rows = np.array([place.get(path, -1) for path in cells.paths])
     if (rows < 0).any():
-        print(f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it, e.g. {cells.paths[rows < 0][0]}: left out", file=sys.stderr)
+        print(f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it, e.g. {cells.paths[rows < 0][0]}: left out",
+              file=sys.stderr)
     cells, rows = cells.subset(rows >= 0), rows[rows >= 0]
     wrong = [path for path, target, row in zip(cells.paths, cells.targets, rows) if labels[row] != cells.classes[target]]
     if wrong:
@@ -730,13 +733,15 @@ def guarded(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--init", required=True, help=f"{', '.join(models.INITS)}, another pre-training's name, or NAME=PATH of a checkpoint")
+    parser.add_argument("--init", required=True,
+                        help=f"{', '.join(models.INITS)}, another pre-training's name, or NAME=PATH of a checkpoint")
     parser.add_argument("--fold", type=int, nargs="+", help="folds to train, from 0 (default: all)")
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     args = parser.parse_args()
     runs, init = pathlib.Path(args.runs), args.init.split("=", 1)[0]
     if args.init not in models.INITS and "=" not in args.init and not (runs / "pretrain" / args.model / args.init).is_dir():
-        parser.error(f"--init {args.init}: not one of {', '.join(models.INITS)}, and no pre-training of that name in {runs}/pretrain/{args.model}")
+        parser.error(f"--init {args.init}: not one of {', '.join(models.INITS)}, and no pre-training of that name in "
+                     f"{runs}/pretrain/{args.model}")
     if "=" in args.init and (not re.fullmatch(r"\w[\w.+-]*", init) or init in ("random", "imagenet")):
         parser.error(f"--init {args.init}: NAME=PATH takes a name of letters, digits, . + - that is not random or imagenet")
     settings = options(args, parser)
