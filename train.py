@@ -687,7 +687,7 @@ def open_split(file, cells, unreadable):
 def stop(signum, frame):
     """Ctrl-C and SIGTERM: end at once with one line; what is being written is finished first."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, of which Python complains if one more is on its way
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for data workers that got the signal, too
     stop.status = 128 + signum
     print(f"\nstopped by {signal.Signals(signum).name}; the same command goes on after the last finished epoch",

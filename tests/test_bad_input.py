@@ -433,6 +433,7 @@ def test_names_in_a_coco_file_lead_to_no_place_outside_the_data_set(mistake, tmp
 
 
 # ---------------------------------------------------------------- processes of their own
+@pytest.mark.long
 @pytest.mark.parametrize("command, status, words, prepare", [row for row in TABLE if row.id in ONE_OF_EACH])
 def test_the_script_itself_ends_the_same(command, status, words, prepare, mistake, kit, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # of argparse's usage

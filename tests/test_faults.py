@@ -42,6 +42,8 @@ for line in sys.stdin:
     if not pid:
         break
     print(pid, flush=True)
+else:
+    sys.exit()
 os.setsid()
 for number, name in ((0, os.devnull), (1, ask["output"] + ".out"), (2, ask["output"] + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
@@ -256,6 +258,7 @@ def one_line(script, *parts):
 
 
 # ---------------------------------------------------------------- kills
+@pytest.mark.long
 def test_a_run_is_the_same_from_a_fresh_interpreter(run, cells, undisturbed, tmp_path):
     """The processes that these tests fork behave as `python train.py` does, which is killed here once as well."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -348,6 +351,7 @@ def test_killed_at_every_write_of_a_run(starter, cells, undisturbed, tmp_path):
     assert n > 25
 
 
+@pytest.mark.long
 def test_killed_in_the_range_test(starter, cells, tmp_path):
     """The rate is measured once: killed in the middle and at each of its three files, the same comes out as undisturbed."""
     more = ("--lr", "auto", "--batch-size", 2, "--epochs", 1)
@@ -371,7 +375,7 @@ def test_killed_in_the_range_test(starter, cells, tmp_path):
 @pytest.mark.long
 def test_fifty_random_kills(starter, cells, undisturbed, tmp_path):
     """50 SIGKILLs at random moments, every second one of the main process alone: equal, and at most one epoch again a kill."""
-    epochs, kills, moment, trained, orphans = 40, 0, random.Random(0), 0, []
+    epochs, kills, moment, trained, orphans = 120, 0, random.Random(0), 0, []
     more = ("--epochs", epochs, "--workers", 1)
     reference = undisturbed(*more, model="shufflenet_v2_x0_5")
     run = fold_of(tmp_path, "shufflenet_v2_x0_5")
@@ -440,7 +444,7 @@ def test_one_process_a_run(starter, cells, tmp_path):
     assert third.wait() == -signal.SIGKILL, third.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_data_worker_dies_or_hangs(starter, cells, tmp_path, number):
     """The OOM killer takes a data worker, or one hangs: the run ends with a line, and leaves no process behind."""
     script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1),
@@ -652,8 +656,8 @@ def study(cells, runs, *more, folds="0 1", epochs=1):
     environment = dict(os.environ, DATA=str(cells.parent), RUNS=str(runs), MODELS="squeezenet1_1", INITS="random", FOLDS=folds,
                        OMP_NUM_THREADS="1", PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     options = [*OPTIONS, "--epochs", str(epochs), *more]
-    return subprocess.Popen(["bash", "run_all.sh", *options], cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(["env", "--default-signal=INT", "bash", "run_all.sh", *options], cwd=ROOT, env=environment, text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # INT may be ignored here
 
 
 @pytest.mark.long

@@ -153,7 +153,7 @@ def test_the_five_architectures_at_full_size(name):
         if name.startswith("vgg"):
             net.classifier = torch.nn.Sequential(torch.nn.AdaptiveAvgPool1d(512), torch.nn.Linear(512, 2))
         for_and_against(net)
-    check_follows(net, 224, 0.4)
+    check_follows(net, 224, 0.33)  # the heat of 152 layers is broad
 
 
 # ---------------------------------------------------------------- a run, its figures
@@ -444,6 +444,7 @@ def test_bad_input_is_one_line(study, tmp_path, monkeypatch, capsys):
         assert caught.value.code == 2
 
 
+@pytest.mark.long
 def test_through_the_command_line(study, tmp_path, run):
     runs, cells = study
     copy_cells(cells, cells.paths[:3], tmp_path / "new")

@@ -99,6 +99,7 @@ def test_batch_that_the_ranks_cannot_share_is_refused(cells, tmp_path):
     assert not (tmp_path / "train").exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(cells, tmp_path):
     run = Run(2, cells, tmp_path, *SMALL, "--lr", 0.01, "--epochs", 1000)
     log = tmp_path / "train/shufflenet_v2_x0_5/random/fold0/log.csv"
