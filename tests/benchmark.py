@@ -334,7 +334,8 @@ OURS = """
 import os, sys, torch
 sys.path.insert(0, sys.argv.pop(1))
 import train
-torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: os._exit(0))
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(lambda *_: os._exit(0))
 train.main()
 """
 USUAL = """

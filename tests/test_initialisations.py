@@ -186,11 +186,11 @@ def test_unfinished_pretraining_is_not_used(tmp_path, run, demo):
 
 @pytest.mark.long
 def test_chain_through_the_command_line(tmp_path, run, demo, monkeypatch):
-    """ImageNet's file, pretrain.py imagenet+cd, train.py imagenet+cd; at a rate of 1e-30 weights stay as they began."""
+    """ImageNet's file, pretrain.py imagenet+cd, train.py imagenet+cd; at a rate of 1e-60 weights stay as they began."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     state = put_imagenet_file("resnet18")
     options = ("--model", "resnet18", "--init", "imagenet+cd", "--runs", tmp_path / "runs", "--epochs", 1,
-               "--image-size", 32, "--lr", 1e-30, "--workers", 0, "--device", "cpu")
+               "--image-size", 32, "--lr", 1e-60, "--workers", 0, "--device", "cpu")
     for script, data, options_more in (("pretrain.py", "cd", ()), ("train.py", "bm", ("--fold", 0))):
         done = run(script, *options, "--data", demo / data, *options_more)
         assert done.returncode == 0, done.stderr
