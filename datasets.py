@@ -163,9 +163,9 @@ def read_below(root, path):
 def open_dataset(path):
     """Open a folder as Cells: PCam's HDF5 files, COCO detection (*.json), else class folders. SystemExit says what's wrong."""
     folder = pathlib.Path(path)
-    if not folder.is_dir():
+    if not str(path) or not folder.is_dir():  # Path("") is the current folder
         source = SOURCES.get(folder.name, "put the data set there or name its folder with --data")
-        raise SystemExit(f"{folder}: {'a file, not a' if folder.exists() else 'no such'} folder; {source} (to see it all on "
+        raise SystemExit(f"{path or repr(path)}: {'a file, not a' if folder.is_file() else 'no such'} folder; {source} (to see it all on "
                          "synthetic cells: bash run_all.sh --demo)")
     name = folder.resolve().name
     try:
@@ -559,7 +559,8 @@ def check_dataset(cells, runs="runs", workers=None):
     """
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
     with alone(file.with_suffix(".lock")):
-        if file.exists() and (info := read_json(file)).get("fingerprint") == stamp:
+        info = read_json(file) if file.exists() else {}
+        if info.get("fingerprint") == stamp and {"mean", "std", "counts", "sizes", "unreadable", "duplicates", "notes"} <= set(info):
             return info
         total, unreadable, sizes, same = np.zeros((3, 256), np.int64), [], collections.Counter(), {}
         bar = tqdm(total=len(cells), desc=f"checking {cells.name}", unit="image", disable=None)

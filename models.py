@@ -2,9 +2,8 @@
 
     python models.py                                # Table 3: ImageNet accuracies and parameters, the paper's beside
 
-build_model gives any classification model of torchvision a new last layer; weights come from nowhere (random), from
-ImageNet or from a checkpoint of ours. Files are only ever read with weights_only=True: no code in them is run.
-"""
+build_model gives any classification model of torchvision a new last layer; weights are random, ImageNet's or of a checkpoint
+of ours. Files are only ever read with weights_only=True: no code in them is run."""
 import difflib
 import math
 import pathlib
@@ -29,15 +28,13 @@ OURS = "name a best.pt that train.py or pretrain.py left"
 
 def check_name(name, image_size=None, weights=None):
     """ValueError for a model, an image size (pixels) or ImageNet weights that don't exist, saying which do."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    if name not in (known := torchvision.models.list_models(module=torchvision.models)):
         close = difflib.get_close_matches(str(name).lower(), known, 3) or list(ARCHITECTURES)
         raise ValueError(f"{name}: no classification model of torchvision; do you mean {', '.join(close)}?")
     patch = int(name.rsplit("_", 1)[1]) if name.startswith("vit_") else 224 if name == "maxvit_t" else 1
     least = 75 if name in ("alexnet", "inception_v3") else 32
     if image_size is not None and (image_size < least or image_size % patch):
-        raise ValueError(f"{name}: image size {image_size} can't be; at least {least} pixels"
-                         + (f", a multiple of {patch}" if patch > 1 else ""))
+        raise ValueError(f"{name}: image size {image_size} can't be; a multiple of {patch}, at least {least} pixels")
     if weights is not None:
         find_weights(name, weights)
 
@@ -69,25 +66,21 @@ def build_model(name, num_classes, weights=None, image_size=224):
     torchvision's name of ImageNet weights, or the path of a best.pt: all its tensors but the head's are copied. The
     head is nn.Linear's own random one, drawn after the random network: the same for all weights. A ViT's position
     embeddings are interpolated to image_size (pixels). ValueError for arguments that don't exist (see check_name),
-    SystemExit with one line for a file that is missing, damaged or of another network.
-    """
-    from_imagenet = is_imagenet(weights)
-    check_name(name, image_size, weights if from_imagenet else None)
-    options = {"image_size": image_size} if name.startswith("vit_") else {}
-    if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}  # without their side outputs
+    SystemExit with one line for a file that is missing, damaged or of another network."""
+    check_name(name, image_size, weights if is_imagenet(weights) else None)
+    without = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}  # their side outputs
+    options = {"image_size": image_size} if name.startswith("vit_") else without
     net = torchvision.models.get_model(name, weights=None, **options)
     above, _, last = head_name(net).rpartition(".")
     old = net.get_submodule(head_name(net))
     setattr(net.get_submodule(above), last, torch.nn.Linear(old.in_features, num_classes) if hasattr(old, "in_features")
             else torch.nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
-    if from_imagenet:
+    if is_imagenet(weights):
         url, file = imagenet_file(name, weights)
         if not file.exists():
             fetch(url, file)
         advice = f"remove it and put {url} there"
-        state = {key: value for key, value in read_file(file, advice).items()
-                 if not str(key).startswith(("aux1.", "aux2.", "AuxLogits."))}
+        state = {key: value for key, value in read_file(file, advice).items() if not re.match(r"aux\d\.|AuxLogits\.", str(key))}
         load_state(net, state, f"{file}: not the weights of {name}", advice, head=False)
     elif weights is not None:
         checkpoint = read_checkpoint(weights)
@@ -145,8 +138,7 @@ def load_state(net, state, what, advice, head=True):
     if not head:
         new = {key: value for key, value in new.items() if not str(key).startswith(last)}
         new.update({key: value for key, value in own.items() if key.startswith(last)})
-    wrong = [f"{key} is missing" for key in own if key not in new]
-    wrong += [f"{key} is unknown" for key in new if key not in own]
+    wrong = [f"{key} is missing" for key in own if key not in new] + [f"{key} is unknown" for key in new if key not in own]
     try:
         if "encoder.pos_embedding" in own and not wrong:
             new = torchvision.models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, new)
@@ -166,13 +158,11 @@ def load_checkpoint(path):
     state, classes = info.pop("state_dict"), info["classes"]
     try:
         net = build_model(info["model"], len(classes), None, info["image_size"])
-        units = len(state[head_name(net) + ".bias"])
-        if not units == len(classes) == len(info["train_counts"]):
-            raise ValueError(f"{len(classes)} classes, {units} units, {len(info['train_counts'])} train_counts")
-        if not all(isinstance(label, str) for label in classes):
-            raise ValueError("classes that are no names")
-        if [len(info[key]) for key in ("mean", "std")] != [3, 3] or not all(map(math.isfinite, info["mean"])) or min(info["std"]) <= 0:
-            raise ValueError(f"mean {info['mean']}, std {info['std']}")
+        sizes = len(classes), len(state[head_name(net) + ".bias"]), len(info["train_counts"]), len(info["mean"]), len(info["std"])
+        if sizes != (len(classes),) * 3 + (3, 3):
+            raise ValueError("{} classes, {} units, {} train_counts, {} means, {} stds".format(*sizes))
+        if not all(isinstance(label, str) for label in classes) or not all(map(math.isfinite, info["mean"])) or min(info["std"]) <= 0:
+            raise ValueError(f"classes {classes}, mean {info['mean']}, std {info['std']}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SystemExit(f"{path}: no checkpoint of ours ({error}); {OURS}") from None
     load_state(net, state, f"{path}: not the weights of {info['model']}", OURS)
@@ -185,10 +175,8 @@ def cam_layer(net):
         return net.encoder.layers[-1].ln_1
     if hasattr(net, "features") and isinstance(net.features[-1], torch.nn.MaxPool2d):
         return net.features[-2]
-    for name in "permute layer4 trunk_output conv5 layers Mixed_7c inception5b features".split():
-        if hasattr(net, name):  # permute: where Swin puts its channels first
-            return getattr(net, name)
-    return net.blocks[-1]  # MaxVit
+    names = "permute layer4 trunk_output conv5 layers Mixed_7c inception5b features".split()  # permute: Swin puts channels first
+    return next((getattr(net, name) for name in names if hasattr(net, name)), None) or net.blocks[-1]  # MaxVit
 
 
 def cam_reshape(net):

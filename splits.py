@@ -3,8 +3,7 @@
     python splits.py --data data/bm                              # writes runs/split.csv: path,label,fold0,...,fold4
     python splits.py --data data/own --groups 'patient(\\d+)'     # one part a patient; or by a CSV of path,group
 
-train.py makes the same file where there is none, and takes the one it finds as it stands, e.g. a published split.
-"""
+train.py makes the same file where there is none, and takes the one it finds as it stands, e.g. a published split."""
 import argparse
 import csv
 import os

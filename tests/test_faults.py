@@ -38,13 +38,19 @@ for line in sys.stdin:
         pid, status = os.waitpid(ask["wait"], os.WNOHANG)
         print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
         continue
+    ready, leads = os.pipe()
     pid = os.fork()
     if not pid:
         break
+    os.close(leads)
+    os.read(ready, 1)  # returns when the child leads its session: only then can its group be killed
+    os.close(ready)
     print(pid, flush=True)
 else:
     sys.exit()
 os.setsid()
+os.close(ready)
+os.close(leads)
 for number, name in ((0, os.devnull), (1, ask["output"] + ".out"), (2, ask["output"] + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
 exec(ask["before"])
@@ -385,7 +391,9 @@ def test_fifty_random_kills(starter, cells, undisturbed, tmp_path):
     reach = time.monotonic() - start  # from the start to the first logged epoch
     while kills < 50:
         script = first if kills == 0 else starter.start(*command(cells, tmp_path, *more, model="shufflenet_v2_x0_5"))
-        time.sleep(moment.uniform(0, 1.3 * reach))
+        logged, end = len(log(run)), time.monotonic() + moment.uniform(0, 1.6 * reach)
+        while time.monotonic() < end and len(log(run)) < logged + 2:  # a later start is faster than the first one
+            time.sleep(0.005)
         assert script.poll() is None, f"ended by itself after {kills} kills: {script.err}"
         script.kill(group=kills % 2 == 0)
         assert script.wait() == -signal.SIGKILL
