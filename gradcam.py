@@ -28,6 +28,7 @@ from matplotlib import colormaps, image, rc_context
 from matplotlib.figure import Figure
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from tqdm import tqdm
 
@@ -364,10 +365,8 @@ def differential(smears, predicted, classes):
     counts = collections.Counter(zip(smears, predicted))
     for smear, n in sorted(collections.Counter(smears).items()):
         for label in classes:
-            share, z2 = counts[smear, label] / n, 1.959964 ** 2
-            middle, half = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
-            low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
-            rows.append([smear, label, counts[smear, label], *(f"{100 * abs(x):.2f}" for x in (share, low, high)), n])
+            share, interval = counts[smear, label] / n, binomtest(counts[smear, label], n).proportion_ci(method="wilson")
+            rows.append([smear, label, counts[smear, label], *(f"{100 * value:.2f}" for value in (share, *interval)), n])
     return rows
 
 

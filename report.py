@@ -106,6 +106,9 @@ def read_pairs(file, classes):
     paper/tolerant_pairs.csv is our reading of Matek et al. (2021): consecutive stages of one line of cells, and hairy
     cells with lymphocytes. Their Table 1 lists no pairs, but its tolerant scores differ for exactly these classes.
     """
+    accepted = np.zeros((len(classes), len(classes)), bool)
+    if file is None:
+        return accepted
     try:
         with open(file, encoding="utf-8", newline="") as handle:
             table = csv.DictReader(handle)
@@ -114,7 +117,6 @@ def read_pairs(file, classes):
                 raise ValueError("it is empty")
     except (OSError, KeyError, ValueError) as error:
         raise SystemExit(f"{file}: no CSV with columns label,accepted ({error}); name another with --pairs") from None
-    accepted = np.zeros((len(classes), len(classes)), bool)
     for label, prediction in pairs:
         if label in classes and prediction in classes:
             accepted[classes.index(label), classes.index(prediction)] = True
@@ -402,7 +404,8 @@ button { background: #fff; color: inherit; cursor: pointer }
 button[aria-pressed=true] { background: #0b57a4; color: #fff; border-color: #0b57a4 }
 @media (max-width: 640px) {
   body { font-size: 15px; padding: 0 10px 32px } table { font-size: .72em } th, td { padding: .25em .2em }
-  ul { padding-left: 1.2em } tbody th { overflow-wrap: anywhere; min-width: 5.5em } .cells { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
+  ul { padding-left: 1.2em } tbody th { overflow-wrap: anywhere; min-width: 5.5em }
+  .cells { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
   .cell img, .none { width: 130px; height: 130px } .matrix { max-width: none; width: 720px }
 }
 @media print {
@@ -526,13 +529,15 @@ all are in reliability_{{ shown|join("_") }}.csv.</figcaption></figure>
 
 <section id="heatmaps"><h2>What the network looks at</h2>
 {% for file, source in heatmaps %}<figure><div class="wide" tabindex="0" role="region" aria-label="{{ file }}">
-<img class="matrix" src="{{ source }}" alt="Grad-CAM heatmaps, {{ file }}"></div><figcaption>{{ file }}: the redder a part of the cell, the more it spoke for the class.</figcaption></figure>
+<img class="matrix" src="{{ source }}" alt="Grad-CAM heatmaps, {{ file }}"></div>
+<figcaption>{{ file }}: the redder a part of the cell, the more it spoke for the
+class. Each map is scaled to its own maximum; where it has 7 × 7 places (ViT-L/32), believe the coarse place alone.</figcaption></figure>
 {% else %}<p>No heatmaps yet; python gradcam.py draws them.</p>{% endfor %}
 {% if more_heatmaps %}<p>{{ more_heatmaps }} more gradcam_*.png are in the results folder.</p>{% endif %}</section>
 
 <section id="labels"><h2>Labels to look at again</h2>
 <p>Every image was tested by a network that had not seen it ({{ doubt }}). Where it finds another class far more probable
-than the label, one of the two is wrong: the weaker the network, the more often it is the network. Confident learning
+than the label, at least one of the two is wrong: the weaker the network, the more often it is the network. Confident learning
 (Northcutt et al. 2021) flags {{ flagged }} of {{ tested }} labels; classes of fewer than {{ enough }} images are ranked, never flagged. All
 {{ doubts }} images with another class on top are in label_issues.csv, the first {{ cells|length }} are here. Say who is right; verdicts
 stay in this browser until you save them.</p>
@@ -552,26 +557,29 @@ stay in this browser until you save them.</p>
 <script>
 "use strict";
 const cells = [...document.querySelectorAll(".cell")], store = "verdicts " + location.pathname;
-const id = cell => cell.dataset.path + "\n" + cell.dataset.label;
-let verdicts = {};
+const id = cell => [cell.dataset.path, cell.dataset.label, cell.dataset.suggested].join("\n");
+let verdicts = {};  // also of cells that an earlier version of this page showed
 try { verdicts = JSON.parse(localStorage.getItem(store)) || {}; } catch { /* no storage: kept until the page closes */ }
+for (const cell of cells) if (verdicts[id(cell)]) Object.assign(verdicts[id(cell)], cell.dataset);  // its rank may be another now
 function show() {
   for (const cell of cells) for (const button of cell.querySelectorAll("button"))
-    button.setAttribute("aria-pressed", verdicts[id(cell)] === button.dataset.verdict);
+    button.setAttribute("aria-pressed", verdicts[id(cell)]?.verdict === button.dataset.verdict);
   const judged = cells.filter(cell => verdicts[id(cell)]).length, count = document.getElementById("count");
-  if (count) count.textContent = `${judged} of ${cells.length} looked at`;
+  const earlier = Object.keys(verdicts).length - judged;
+  if (count) count.textContent = `${judged} of ${cells.length} looked at`
+    + (earlier ? `; ${earlier} more on earlier versions of this page, saved with them` : "");
 }
 for (const cell of cells) cell.addEventListener("click", event => {
   const verdict = event.target.dataset.verdict;
   if (!verdict) return;
-  if (verdicts[id(cell)] === verdict) delete verdicts[id(cell)]; else verdicts[id(cell)] = verdict;
+  if (verdicts[id(cell)]?.verdict === verdict) delete verdicts[id(cell)]; else verdicts[id(cell)] = {...cell.dataset, verdict};
   try { localStorage.setItem(store, JSON.stringify(verdicts)); } catch { /* as above */ }
   show();
 });
 document.getElementById("export")?.addEventListener("click", () => {
-  const names = ["rank", "path", "label", "suggested", "score"], quote = text => `"${text.replaceAll('"', '""')}"`;
-  const rows = cells.filter(cell => verdicts[id(cell)]).map(cell => [...names.map(name => cell.dataset[name]), verdicts[id(cell)]]);
-  const link = document.createElement("a"), lines = [[...names, "verdict"], ...rows].map(row => row.map(quote).join(",") + "\r\n");
+  const names = ["rank", "path", "label", "suggested", "score", "verdict"], quote = text => `"${text.replaceAll('"', '""')}"`;
+  const rows = Object.values(verdicts).sort((a, b) => a.rank - b.rank).map(row => names.map(name => row[name]));
+  const link = document.createElement("a"), lines = [names, ...rows].map(row => row.map(quote).join(",") + "\r\n");
   link.href = URL.createObjectURL(new Blob(lines, {type: "text/csv"}));
   link.download = "verdicts.csv";
   link.click();
@@ -674,7 +682,7 @@ def of_run(study, run, results, paper, pairs):
         row |= spread(tolerant[:, 0, c], "tolerant_precision_") | spread(tolerant[:, 1, c], "tolerant_recall_")
     logs = {f"fold {k}": rows for k in study.runs[run] if (rows := read_log(folder / f"fold{k}/log.csv"))}
     heatmaps = sorted(results.glob("gradcam_*.png"), key=lambda file: ("_".join(run) not in file.name, file.name))
-    return {"shown": run, "table5": table5, "pairs": pairs.name,
+    return {"shown": run, "table5": table5, "pairs": pairs.name if pairs else "no file",
             "paper5": {row["class"]: row for row in read_rows(paper / "table5.csv")} if paper else {},
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, study.classes, title(*run))),
             "confused": confusions(matrix, study.classes),
@@ -717,7 +725,7 @@ def main():
     parser.add_argument("--doubt", nargs="+", metavar="MODEL/INIT",
                         help="configurations whose mean finds doubtful labels; default: the one shown")
     parser.add_argument("--data", type=pathlib.Path, default="data/bm", help="the data set, for pictures of doubtful labels")
-    parser.add_argument("--pairs", type=pathlib.Path, default=HERE / "paper/tolerant_pairs.csv",
+    parser.add_argument("--pairs", type=pathlib.Path, default=next(HERE.glob("paper/tolerant_pairs.csv"), None),
                         help="CSV label,accepted of predictions to forgive")
     parser.add_argument("--gallery", type=int, default=200, help="doubtful labels to show")
     args = parser.parse_args()
@@ -744,7 +752,8 @@ def main():
         for one in doubt:
             if one not in study.runs:
                 raise SystemExit(f"--doubt {'/'.join(one)}: no finished fold; there are: {', '.join(map('/'.join, study.runs))}")
-        paper = HERE / "paper" if set(study.classes) == set(evaluate.CLASSES) else None
+        known = set(study.classes) == set(evaluate.CLASSES) and (HERE / "paper/table4.csv").exists()
+        paper = HERE / "paper" if known else None
         values |= of_study(study, paper) | of_run(study, run, results, paper, args.pairs)
         values |= of_probabilities(study, files, run, results)
         values |= of_labels(study, files, doubt, results, args.data, args.gallery)

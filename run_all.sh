@@ -9,6 +9,7 @@
 # Environment: DATA (holds bm, cd, pcam), RUNS, MODELS, INITS, FOLDS ("0 1 2 3 4": a job each; "0,1,2": one job), GPUS
 # ("0 1"), JOBS_PER_GPU. Every other argument goes to train.py and pretrain.py, e.g. --stop-lr 0.005 or --device cpu.
 set -u
+[ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 501 ] || { echo "run_all.sh: needs bash 5.1 or later, this is $BASH_VERSION" >&2; exit 1; }
 cd "$(dirname "$0")" || exit 1
 python=$(command -v python || command -v python3) || { echo "run_all.sh: no python found; activate the virtual environment" >&2; exit 1; }
 
@@ -36,6 +37,9 @@ done
 [[ ${JOBS_PER_GPU:-1} =~ ^[1-9][0-9]*$ ]] || wrong "JOBS_PER_GPU='$JOBS_PER_GPU' is not a whole number of at least 1"
 [[ ${FOLDS:-0} =~ ^[0-9,\ ]+$ ]] || wrong "FOLDS='$FOLDS' is not a list of numbers like '0 1 2' or '0,1,2'"
 [[ ${GPUS:-0} =~ ^[0-9\ ]+$ ]] || wrong "GPUS='$GPUS' is not a list of numbers like '0 1'"
+[[ ${INITS:-} != *=* ]] || wrong "INITS='$INITS': NAME=PATH is for train.py alone"
+case $device in cuda:*) GPUS=${device#*:} device=cuda ;; esac  # each job sees one GPU, its number 0
+export CUDA_DEVICE_ORDER=PCI_BUS_ID                            # nvidia-smi's numbers
 export DATA=${DATA:-data} RUNS=${RUNS:-runs} MODELS=${MODELS:-} INITS=${INITS:-} FOLDS=${FOLDS:-0 1 2 3 4} EPOCHS=$epochs
 logs=$RUNS/logs
 
@@ -43,7 +47,7 @@ logs=$RUNS/logs
 # what needs no pre-training, the CD pre-trainings and what they feed, the PCam ones, then fold 1, ... Numbers never depend on states.
 jobs_list() {
   "$python" - <<'PYTHON'
-import csv, fcntl, os, pathlib, struct
+import csv, fcntl, os, pathlib, shlex, struct
 data, runs, epochs = os.environ["DATA"], pathlib.Path(os.environ["RUNS"]), int(os.environ["EPOCHS"])
 paper = not os.environ["MODELS"]
 chosen = os.environ["MODELS"].split() or "vgg19_bn resnet152 regnet_y_32gf vit_l_32 resnext50_32x4d".split()
@@ -101,9 +105,9 @@ for number, (kind, model, init, fold, folders, times) in enumerate(jobs, 1):
              else "failed" if (runs / "logs" / f"{name}.failed").exists() else "todo")
     known = next((measured[key] for key in ((kind, model), kind, "") if measured.get(key)), [0])
     left = sum(max(0, epochs - len(t)) for t, d in zip(times, done) if not d) * sum(known) / len(known)
-    command = (f"train.py --model {model} --init {init} --fold {fold.replace(',', ' ')} --data {data}/bm" if fold
-               else f"pretrain.py --model {model} --init {init} --data {data}/{source}") + f" --runs {runs}"
-    print(number, state, name, round(left), command, sep="\t")
+    command = ["train.py" if fold else "pretrain.py", "--model", model, "--init", init]
+    command += ["--fold", *fold.split(",")] * bool(fold) + ["--data", f"{data}/{'bm' if fold else source}", "--runs", str(runs)]
+    print(number, state, name, round(left), shlex.join(command), sep="\t")
 PYTHON
 }
 
@@ -118,11 +122,13 @@ fi
 if [ "${demo:-}" ] && ! "$python" tests/demo_data.py --out "$DATA" --size demo; then exit 1; fi
 if [ -z "$device" ]; then
   command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU' || {
-    echo "run_all.sh: no CUDA GPU found (nvidia-smi); bash run_all.sh --demo runs on synthetic cells here, --device cpu runs the study on the CPU, for months" >&2
+    echo "run_all.sh: no CUDA GPU found (nvidia-smi); bash run_all.sh --demo runs on synthetic cells here," \
+      "--device cpu runs the study on the CPU, for months" >&2
     exit 1; }
   device=cuda
 fi
-if [ "${device%%:*}" = cuda ]; then GPUS=${GPUS:-$(nvidia-smi -L | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | xargs)}; else GPUS=cpu; fi
+seen=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}
+if [ "$device" = cuda ]; then GPUS=${GPUS:-$(xargs <<< "${seen//,/ }")}; else GPUS=cpu; fi
 rest+=(--device "$device")
 slots=()
 for gpu in $GPUS; do for ((i = 0; i < ${JOBS_PER_GPU:-1}; i++)); do slots+=("$gpu"); done; done
@@ -138,7 +144,7 @@ start_job() {  # name gpu command...: in the background, its output in its log; 
   else CUDA_VISIBLE_DEVICES=$gpu "$python" "$@" >> "$logs/$name.log" 2>&1 & fi
 }
 
-declare -A job_of slot_of begun
+declare -A job_of slot_of gpu_of begun
 stopped() {  # Ctrl-C, SIGTERM: pass it on and wait, so that each job ends with its checkpoint whole
   trap '' INT TERM
   echo "run_all.sh: stopped; the same command goes on" >&2
@@ -158,16 +164,18 @@ if [ $mode = task ]; then
     waits) echo "job $task waits for its pre-training, which is not finished: $command" >&2; exit 1 ;;
   esac
   JOBS=1
-  start_job "$name" "${CUDA_VISIBLE_DEVICES:-$( [ "$device" = cpu ] && echo cpu || echo 0)}" $command "${rest[@]}"
+  eval "words=($command)"  # quoted where a name has blanks
+  start_job "$name" "${CUDA_VISIBLE_DEVICES:-$( [ "$device" = cpu ] && echo cpu || echo 0)}" "${words[@]}" "${rest[@]}"
   job_of[$!]=$name
   wait $!; status=$?
-  [ $status = 0 ] || { [ $status = 75 ] || [ $status -ge 128 ] || touch "$logs/$name.failed"; echo "job $task ended with status $status: $logs/$name.log" >&2; }
+  [ $status = 0 ] || [ $status = 75 ] || [ $status -ge 128 ] || touch "$logs/$name.failed"
+  [ $status = 0 ] || echo "job $task ended with status $status: $logs/$name.log" >&2
   exit $status
 fi
 
 # What can't be had here, all at once: lines "skip <init> <reason>" and "stop <reason>".
 preflight() {
-  jobs_list | "$python" -c '
+  jobs_list | env -u CUDA_VISIBLE_DEVICES "$python" -c '
 import argparse, os, pathlib, shutil, sys, urllib.request
 import models, train
 data, runs, device, gpus, slots = *map(pathlib.Path, sys.argv[1:3]), *sys.argv[3:6]
@@ -200,7 +208,7 @@ if need > room:
 if device != "cpu":
     import torch
     for gpu in gpus.split():
-        if int(gpu) >= torch.cuda.device_count():
+        if gpu.isdigit() and int(gpu) >= torch.cuda.device_count():
             print(f"stop\tGPU {gpu} was asked for, PyTorch sees {torch.cuda.device_count()}")
     if shutil.disk_usage("/dev/shm").free < 1e9:
         print("stop\t/dev/shm has less than 1 GB free, too little for data workers (docker run --shm-size=8g)")
@@ -216,7 +224,7 @@ is_skipped() {  # name of a job: does it need what is missing?
 }
 
 # ---------------------------------------------------------------- the night
-refresh() { "$python" evaluate.py --runs "$RUNS" && "$python" report.py --runs "$RUNS" --data "$DATA/bm"; }
+refresh() { "$python" evaluate.py --runs "$RUNS"; "$python" report.py --runs "$RUNS" --data "$DATA/bm"; }
 declare -A tries quick ended
 refreshing="" worked="" total=0
 while :; do
@@ -239,9 +247,12 @@ while :; do
   for i in "${!slots[@]}"; do [[ " ${slot_of[*]} " == *" $i "* ]] || { free=$i; break; }; done
   if [ "$next" ] && [ "$free" ]; then
     IFS=$'\t' read -r name command <<< "$next"
-    start_job "$name" "${slots[$free]}" $command "${rest[@]}"
-    job_of[$!]=$name slot_of[$!]=$free begun[$!]=$SECONDS worked=yes
-    echo "$(date +%T) [$n_done done, ${#job_of[@]} running, $((n_left - ${#job_of[@]})) left$( ((seconds)) && echo ", about $((seconds / ${#slots[@]} / 3600)) h $((seconds / ${#slots[@]} % 3600 / 60)) min")] $name, log $logs/$name.log"
+    eval "words=($command)"
+    start_job "$name" "${slots[$free]}" "${words[@]}" "${rest[@]}"
+    job_of[$!]=$name slot_of[$!]=$free gpu_of[$!]=${slots[$free]} begun[$!]=$SECONDS worked=yes
+    minutes=$((seconds / ${#slots[@]} / 60)) about=""
+    [ $seconds = 0 ] || about=", about $((minutes / 60)) h $((minutes % 60)) min"
+    echo "$(date +%T) [$n_done done, ${#job_of[@]} running, $((n_left - ${#job_of[@]})) left$about] $name, log $logs/$name.log"
     continue
   fi
   if [ ${#job_of[@]} = 0 ]; then
@@ -250,8 +261,8 @@ while :; do
     sleep 5 & wait $!; continue  # another copy is at work on the rest
   fi
   wait -n -p pid "${!job_of[@]}"; status=$?
-  name=${job_of[$pid]} gpu=${slots[${slot_of[$pid]}]} took=$((SECONDS - begun[$pid]))
-  unset "job_of[$pid]" "slot_of[$pid]"
+  name=${job_of[$pid]} gpu=${gpu_of[$pid]} took=$((SECONDS - begun[$pid]))
+  unset "job_of[$pid]" "slot_of[$pid]" "gpu_of[$pid]"
   case $status in
     0) quick[$gpu]=0
        if [ -z "$refreshing" ] || ! kill -0 "$refreshing" 2>/dev/null; then refresh > "$logs/refresh.log" 2>&1 & refreshing=$!; fi ;;
@@ -270,7 +281,9 @@ done
 [ "$refreshing" ] && wait "$refreshing"
 trap - INT TERM
 failed=$(jobs_list | awk -F'\t' '$2 == "failed" {print "failed: " $3}')
-blocked=$(jobs_list | awk -F'\t' '$2 == "waits" {print $3}' | while read -r name; do is_skipped "$name" || echo "not run, its pre-training failed: $name"; done)
+blocked=$(jobs_list | awk -F'\t' '$2 == "waits" {print $3}' | while read -r name; do
+  is_skipped "$name" || echo "not run, its pre-training failed: $name"
+done)
 if [ -z "$worked" ] && [ -f "$RUNS/results/index.html" ]; then
   cat "$RUNS/results/table4.md"
   [ "$failed$blocked" ] || echo "Nothing left to do: $n_done jobs are done, see $RUNS/results/index.html"
@@ -278,9 +291,12 @@ else
   compare=(); [ "${demo:-}" ] || compare=(--compare paper/table4.csv)
   "$python" evaluate.py --runs "$RUNS" "${compare[@]}" || odd="evaluate.py found files that can't be right, see above"
   [ -f "$RUNS/results/table4.csv" ] || exit 1
-  best=$(tail -n +2 "$RUNS/results/table4.csv" | sort -t, -k8,8gr | head -n 1 | cut -d, -f1,2)
-  "$python" gradcam.py --model "${best%,*}" --init "${best#*,}" --classes FGC BAS --runs "$RUNS" --data "$DATA/bm" --device "$device"
-  "$python" report.py --runs "$RUNS" --data "$DATA/bm" && echo "Open $RUNS/results/index.html"
+  best=$(tail -n +2 "$RUNS/results/table4.csv" | LC_ALL=C sort -t, -k3,3nr -k8,8gr | head -n 1 | cut -d, -f1,2)  # as evaluate.best_run
+  [ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
+  "$python" gradcam.py --model "${best%,*}" --init "${best#*,}" --classes FGC BAS --runs "$RUNS" --data "$DATA/bm" --device "$device" \
+    || odd="${odd:+$odd; }gradcam.py failed, see above"
+  if "$python" report.py --runs "$RUNS" --data "$DATA/bm"; then echo "Open $RUNS/results/index.html"
+  else odd="${odd:+$odd; }report.py failed, see above"; fi
 fi
 [ "$skipped" ] && echo "$skipped"
 if [ "$failed$blocked${odd:-}" ]; then

@@ -248,12 +248,15 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
 
 
 def watched(steps, count, epoch, epochs, batch_size):
-    """The steps with a bar, and after 50 of them a line on the time that the rest of the run takes."""
-    start = time.perf_counter()
+    """The steps with a bar, and after 50 of them a line on the time that the rest takes (the first 10 compile and warm up)."""
     for step, batch in enumerate(tqdm(steps, total=count, desc=f"epoch {epoch}/{epochs}", leave=False, disable=None)):
         yield batch
+        if step in (9, 49) and count > 50 and epoch in (1, epochs) and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 9:
+            start = time.perf_counter()
         if step == 49 and count > 50 and epoch in (1, epochs):
-            rate = 50 * batch_size / (time.perf_counter() - start)
+            rate = 40 * batch_size / (time.perf_counter() - start)
             hours = (epochs - epoch + 1) * count * batch_size / rate / 3600
             print(f"{rate:.0f} images/s: training of this run takes about {hours:.1f} h more, without validation", flush=True)
 

@@ -471,6 +471,7 @@ def test_without_data_train_says_where_it_is_to_be_had_before_anything_is_fetche
     pytest.param({}, "--device cpu --epochs", 2, "--epochs ''|whole number", id="epochs without number"),
     pytest.param({"JOBS_PER_GPU": "0"}, "--device cpu", 2, "JOBS_PER_GPU='0'|at least 1", id="no jobs"),
     pytest.param({"GPUS": "first"}, "--device cuda", 2, "GPUS='first'|'0 1'", id="GPU by name"),
+    pytest.param({"INITS": "random mine=best.pt"}, "--list", 2, "INITS='random mine=best.pt'|train.py alone", id="NAME=PATH"),
     pytest.param({"FOLDS": "all"}, "--list", 2, "FOLDS='all'|'0 1 2'", id="folds in words"),
     pytest.param({"RUNS": "/proc/nothing"}, "--device cpu", 1, "cannot write to /proc/nothing|RUNS", id="runs can't be made"),
     pytest.param({"MODELS": "resnet18 resnet_50"}, "--device cpu", 2, "resnet_50: no classification model|resnet50", id="unknown model",

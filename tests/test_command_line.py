@@ -235,6 +235,25 @@ def test_finished_folds_are_listed_as_done(study):
     assert [state for _, state, *_ in jobs(**chosen)] == ["done", "done", "todo", "done"]
 
 
+def test_a_job_whose_folders_have_blanks_in_their_names(demo, tmp_path):
+    """As under WSL: DATA and RUNS below a folder of first and last name."""
+    place = tmp_path / "Anna M & Co" / "data"
+    place.parent.mkdir()
+    place.symlink_to(demo)
+    runs = place.with_name("my runs")
+    start("run_all.sh", "--task", 1, *SMALL, DATA=str(place), RUNS=str(runs), MODELS=MODEL, INITS="random", FOLDS="0")
+    assert (runs / "train" / MODEL / "random" / "fold0" / "predictions.csv").is_file()
+
+
+def test_the_page_needs_evaluate_py_and_no_other_file_of_ours(study, tmp_path):
+    """The two files alone in a folder, as they are copied into another project."""
+    for name in ("report.py", "evaluate.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run([sys.executable, "report.py", "--runs", study[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (study[0] / "results" / "index.html").stat().st_mtime >= (tmp_path / "report.py").stat().st_mtime
+
+
 # ---------------------------------------------------------------- pretrain.py
 @pytest.mark.long
 def test_fine_tuning_starts_from_the_pretrainings_best_pt_by_name_or_by_path(demo, tmp_path):

@@ -355,6 +355,13 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
     assert [(int(row["rank"]), row["verdict"]) for row in rows] == [(1, "label"), (3, "suggested"), (4, "unsure"), (odd + 1, "suggested")]
     assert [row["path"] for row in rows] == [cells[i]["path"] for i in (0, 2, 3, odd)]
     assert list(rows[0]) == ["rank", "path", "label", "suggested", "score", "verdict"]
+    # a page made anew, whose best network suggests another class for the first cell: nobody has judged that one
+    assert browser.run("""(() => { const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
+        delete all[key]; row.suggested = "another"; all[[row.path, row.label, row.suggested].join("\\n")] = row;
+        localStorage.setItem(store, JSON.stringify(all)); return Object.keys(all).length })()""") == 4
+    browser.open(page, 1280)
+    assert browser.run("document.querySelectorAll('.cell')[0].querySelector('[aria-pressed=true]')") is None
+    assert browser.run("document.getElementById('count').textContent").startswith(f"3 of {len(cells)} looked at; 1 more")
     assert browser.complaints() == []
 
 
