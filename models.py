@@ -2,8 +2,8 @@
 
     python models.py                                # Table 3: ImageNet accuracies and parameters, the paper's beside
 
-build_model gives any classification model of torchvision a new last layer; weights are random, ImageNet's or of a checkpoint
-of ours. Files are only ever read with weights_only=True: no code in them is run."""
+Any classification model of torchvision gets a new last layer. Files are only ever read with weights_only=True: no code in them is run."""
+import collections
 import difflib
 import math
 import pathlib
@@ -62,11 +62,10 @@ def imagenet_file(name, weights="imagenet"):
 def build_model(name, num_classes, weights=None, image_size=224):
     """A torchvision network (float32, on the CPU) whose last layer is a new one of num_classes units (section 2.2).
 
-    weights: None (random, from torch's global generator, which the caller seeds), 'imagenet' (those of Table 3),
-    torchvision's name of ImageNet weights, or the path of a best.pt: all its tensors but the head's are copied. The
-    head is nn.Linear's own random one, drawn after the random network: the same for all weights. A ViT's position
-    embeddings are interpolated to image_size (pixels). ValueError for arguments that don't exist (see check_name),
-    SystemExit with one line for a file that is missing, damaged or of another network."""
+    weights: None (random, from torch's global generator, which the caller seeds), 'imagenet' (those of Table 3), torchvision's name
+    of ImageNet weights, or the path of a best.pt: all its tensors but the head's are copied. The head is nn.Linear's own random one,
+    drawn after the random network: the same for all weights. A ViT's position embeddings are interpolated to image_size (pixels).
+    ValueError for arguments that don't exist (check_name), SystemExit for a file that is missing, damaged or of another network."""
     check_name(name, image_size, weights if is_imagenet(weights) else None)
     without = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}  # their side outputs
     options = {"image_size": image_size} if name.startswith("vit_") else without
@@ -80,8 +79,7 @@ def build_model(name, num_classes, weights=None, image_size=224):
         if not file.exists():
             fetch(url, file)
         advice = f"remove it and put {url} there"
-        state = {key: value for key, value in read_file(file, advice).items() if not re.match(r"aux\d\.|AuxLogits\.", str(key))}
-        load_state(net, state, f"{file}: not the weights of {name}", advice, head=False)
+        load_state(net, read_file(file, advice), f"{file}: not the weights of {name}", advice, head=False)
     elif weights is not None:
         checkpoint = read_checkpoint(weights)
         if checkpoint["model"] != name:
@@ -134,22 +132,24 @@ def read_checkpoint(path):
 
 def load_state(net, state, what, advice, head=True):
     """Copy tensors (dict by name) into net; without head, its own last layer stays. SystemExit names a wrong one."""
-    own, new, last = net.state_dict(), dict(state), head_name(net) + "."
+    own, last, wrong = net.state_dict(), head_name(net) + ".", []
+    new = collections.OrderedDict((re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", str(key)), value) for key, value in state.items()  # DenseNet
+                                  if head or not str(key).startswith((last, "aux1.", "aux2.", "AuxLogits.")))
+    new._metadata = getattr(state, "_metadata", None)  # modules' versions: by them load_state_dict knows older files (VGG, ViT)
     if not head:
-        new = {key: value for key, value in new.items() if not str(key).startswith(last)}
-        new.update({key: value for key, value in own.items() if key.startswith(last)})
-    wrong = [f"{key} is missing" for key in own if key not in new] + [f"{key} is unknown" for key in new if key not in own]
+        new.update((key, value) for key, value in own.items() if key.startswith(last))
     try:
-        if "encoder.pos_embedding" in own and not wrong:
+        if "encoder.pos_embedding" in own.keys() & new.keys():
             new = torchvision.models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, new)
         shape = {key: list(getattr(value, "shape", ())) for key, value in new.items()}
         wrong += [f"{key} is {shape[key]}, not {list(value.shape)}" for key, value in own.items()
                   if shape.get(key, list(value.shape)) != list(value.shape)]
+        missing, unknown = ([], []) if wrong else net.load_state_dict(new, strict=False)
+        wrong += [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unknown]
     except (AttributeError, RuntimeError, ValueError) as error:
         wrong.append(str(error))
     if wrong:
         raise SystemExit(f"{what} ({wrong[0]}; {len(wrong)} such tensors); {advice}")
-    net.load_state_dict(new)
 
 
 def load_checkpoint(path):

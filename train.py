@@ -6,7 +6,8 @@
 
 Leaves runs/train/<model>/<init>/fold<k>/ with config.json, log.csv, best.pt, predictions.csv and val_predictions.csv.
 Killed at any moment it goes on by the same command from the last finished epoch, on a CPU bit for bit. Exit status: 0
-done, 1 bad data or a training gone wrong, 2 bad arguments, 75 another process works on the run, 128 + n by signal n.
+done, 1 bad data or a training gone wrong, 2 bad arguments, 75 another process works on the run, 128 + n by signal n
+(torchrun turns all but 0 into 1).
 """
 import argparse
 import concurrent.futures
@@ -72,6 +73,11 @@ def join_ranks(device):
     return device
 
 
+def hidden():
+    """tqdm's disable: a bar on a terminal, of rank 0 alone."""
+    return True if ranks()[0] else None
+
+
 def from_rank_0(make):
     """Call make() on rank 0 alone and give every rank its result; if it fails there, torchrun ends the others."""
     box = [make() if ranks()[0] == 0 else None]
@@ -84,13 +90,18 @@ def choose_device(device):
     """torch.device of 'auto' (CUDA if there is any, else the CPU, said aloud), 'cpu', 'cuda', 'cuda:1'. ValueError if absent."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
+        if device == "cpu" and os.environ.get("RANK", "0") == "0":
             print("no CUDA device found: working on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: not auto, cpu, cuda, cuda:1, ...")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device found; use --device cpu")
-    return torch.device(device)
+    device = torch.device(device)
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_amp(device, amp="auto"):
@@ -148,7 +159,7 @@ def predict_batches(net, batches, count, mean, std, device, amp):
     """As predict, from a loader whose batch sampler is the list of its rows."""
     net.eval()
     logits = None
-    for rows, (images, _) in zip(batches.batch_sampler, tqdm(batches, desc="predicting", leave=False, disable=None)):
+    for rows, (images, _) in zip(batches.batch_sampler, tqdm(batches, desc="predicting", leave=False, disable=hidden())):
         with torch.autocast(device.type, **amp_settings(amp)):
             out = net(datasets.normalise(images.to(device, non_blocking=True), mean, std))
         if logits is None:
@@ -201,6 +212,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     if number > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, fused=True)
+    for parameter in net.parameters() if amp == "fp16" else ():  # left uninitialised where the scaler skips the first step
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     history = resume(folder, net, optimizer, scheduler, scaler)
@@ -208,7 +221,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, device.type == "cuda")
     val_batches = evaluation_loader(val, image_size, EVALUATION_BATCH, workers, device)
     parallel = torch.nn.parallel.DistributedDataParallel(net) if number > 1 else net
-    parallel = torch.compile(parallel, mode="reduce-overhead" if device.type == "cuda" else None) if compile else parallel
+    if compile:  # CUDA graphs on one GPU alone: PyTorch's do not go with DistributedDataParallel
+        torch.compiler.reset()
+        parallel = torch.compile(parallel, mode="reduce-overhead" if device.type == "cuda" and number == 1 else None)
     about = dict(info or {}, classes=train.classes, mean=mean.tolist(), std=std.tolist(), image_size=image_size, fold=fold,
                  train_counts=np.bincount(train.targets, minlength=len(train.classes)).tolist())
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes one epoch's checkpoint while the next one trains
@@ -249,7 +264,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
 
 def watched(steps, count, epoch, epochs, batch_size):
     """The steps with a bar, and after 50 of them a line on the time that the rest takes (the first 10 compile and warm up)."""
-    for step, batch in enumerate(tqdm(steps, total=count, desc=f"epoch {epoch}/{epochs}", leave=False, disable=None)):
+    for step, batch in enumerate(tqdm(steps, total=count, desc=f"epoch {epoch}/{epochs}", leave=False, disable=hidden())):
         yield batch
         if step in (9, 49) and count > 50 and epoch in (1, epochs) and torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -410,12 +425,12 @@ def measure_formats(net, device, amp, batch_size, image_size):
         images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=layout)
         for step in range(30):
             if step == 10:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
                 start = time.perf_counter()
             with torch.autocast(device.type, **amp_settings(amp)):
                 loss = trial(images).float().square().mean()
             loss.backward()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         speed[name] = 20 * batch_size / (time.perf_counter() - start)
     return speed
 
@@ -428,7 +443,7 @@ def measured(folder, build, train, *, lr, memory_format, device, amp, batch_size
             leftover.unlink()
         found = datasets.read_json(file) if file.exists() else {}
         if memory_format == "auto" and "memory_format" not in found:
-            speed = measure_formats(build(0), device, amp, batch_size, image_size) if device.type == "cuda" else {}
+            speed = measure_formats(build(0), device, amp, batch_size // ranks()[1], image_size) if device.type == "cuda" else {}
             contiguous = speed and speed["contiguous"] > 1.15 * speed["channels_last"]
             found.update(memory_format="contiguous" if contiguous else "channels_last", images_per_second=speed)
         memory_format = found["memory_format"] if memory_format == "auto" else memory_format
@@ -657,9 +672,10 @@ def open_checked(data, runs):
     info = from_rank_0(lambda: datasets.check_dataset(cells, runs))
     unreadable = [path for path, _ in info["unreadable"]]
     print(f"{cells.root}: {len(cells)} images in {len(cells.classes)} classes ({', '.join(cells.classes)})", flush=True)
-    for note in info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in info["unreadable"][:5]]:
+    lines = info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in info["unreadable"][:5]]
+    for note in lines if ranks()[0] == 0 else ():
         print(f"  {note}", file=sys.stderr)
-    if len(unreadable) > 5:
+    if len(unreadable) > 5 and ranks()[0] == 0:
         print(f"  and {len(unreadable) - 5} unreadable images more, see {runs}/data/{cells.name}.json", file=sys.stderr)
     return cells.subset(~np.isin(cells.paths, unreadable)), info
 
@@ -706,7 +722,8 @@ def guarded(main):
     try:
         return main()
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"{str(error).splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU") from None
+        raise SystemExit(f"{str(error).splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU; under torchrun "
+                         "the range test has the whole batch on one GPU, which --lr RATE does without") from None
     except (OSError, RuntimeError, ValueError) as error:
         text = str(error).strip()
         if "DataLoader" in text:  # a data worker died, or gave nothing for so long that it counts as hanging
@@ -714,7 +731,8 @@ def guarded(main):
             time.sleep(0.5)  # a signal to the whole process group kills the workers first
             if hasattr(stop, "status"):
                 raise SystemExit(stop.status) from None
-            print(f"{text.splitlines()[-1]}; the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
+            advice = "put that file back, and " if any(word in text for word in datasets.UNREADABLE) else ""
+            print(f"{text.splitlines()[-1]}; {advice}the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(1)  # an ordinary exit would wait for a worker that hangs
@@ -726,7 +744,8 @@ def guarded(main):
             raise SystemExit(f"{text}; put that file back, and the same command goes on after the last finished epoch") from None
         known = ("CUDA error", "cuDNN error", "NCCL", "Gloo", "gloo", "allocate memory")
         if isinstance(error, OSError) or any(word in text for word in known):
-            raise SystemExit(f"{text.splitlines()[-1]}; the same command goes on after the last finished epoch") from None
+            why = text.splitlines()[-1 if "NCCL" in text else 0]  # CUDA's messages begin with what happened, NCCL's end with it
+            raise SystemExit(f"{why}; the same command goes on after the last finished epoch") from None
         raise
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:

@@ -5,6 +5,7 @@ TORCH_HOME, and best.pt files as pre-training leaves them.
 """
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_imagenet_is_torchvisions_file_but_for_the_head(name, torch_home):
     assert differing(net, state) == {HEADS[name] + ".weight", HEADS[name] + ".bias"}
     assert net.get_submodule(HEADS[name]).out_features == 21
     assert {p.dtype for p in net.parameters()} == {torch.float32} and all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("name, size", [
+    ("resnet18", 64), ("vit_b_32", 224), ("densenet121", 64), ("mnasnet0_5", 64), ("googlenet", 64),
+    pytest.param("vgg19_bn", 224, marks=pytest.mark.long), pytest.param("vit_l_32", 224, marks=pytest.mark.long)])
+def test_files_of_older_versions_are_read_as_torchvision_reads_them(name, size, torch_home):
+    """torchvision never wrote its files anew: batch norm of 2017 counts no batches, ViT's MLPs have layers linear_1 and
+    linear_2 (pytorch/vision 6053), DenseNet's have norm.1 and conv.1, GoogLeNet has side outputs, MNASNet needs its version."""
+    state = put_imagenet_file(name)
+    if name not in ("mnasnet0_5", "googlenet"):
+        older = ((r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2."), (r"(denselayer\d+\.(norm|conv))(\d)", r"\1.\3"))
+        for new, old in older:
+            state = {re.sub(new, old, key): value for key, value in state.items() if "num_batches_tracked" not in key}
+        torch.save(state, models.imagenet_file(name)[1])
+        assert state.keys() != torchvision.models.get_model(name).state_dict().keys()
+    theirs = torchvision.models.get_model(name, weights=models.find_weights(name))
+    net = models.build_model(name, 21, "imagenet", size)
+    head = models.head_name(net)
+    assert differing(net, theirs.state_dict()) == {f"{head}.weight", f"{head}.bias"}
+    loaded, _ = models.load_checkpoint(save_checkpoint(torch_home / "best.pt", net, name, list("abcdefghijklmnopqrstu"), image_size=size))
+    assert not differing(loaded, net.state_dict())
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"vgg11_bn"}))  # its file has 500 MB

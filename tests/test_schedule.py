@@ -196,6 +196,22 @@ def test_training_is_sgd_with_momentum_on_cross_entropy(tmp_path):
     assert found["lr"] == [0.1] * 3
 
 
+def test_momentum_starts_from_nothing_where_fp16_overflows_in_the_first_steps(tmp_path):
+    """The scaler's first scale, 65,536, makes these gradients infinite in fp16: no step is made until it has come down to what
+    fits, and by then momentum must be what it was before, 0. PyTorch fills memory that nobody has written to with NaN here."""
+    generator = np.random.default_rng(0)
+    cells, net = cells_of(generator.integers(0, 256, (4, 4, 4, 3), dtype=np.uint8), [0, 1, 0, 1]), linear()
+    net.register_forward_hook(lambda module, given, out: 100 * out)
+    before = net[1].weight.detach().clone()
+    torch.use_deterministic_algorithms(True)
+    try:
+        columns = fitted(tmp_path, net, 20, cells, lr=1e-5, amp="fp16")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert columns["val_loss"][0] == columns["val_loss"][1] != columns["val_loss"][-1]  # nothing moved, then it did
+    assert torch.isfinite(net[1].weight).all() and not torch.equal(net[1].weight, before)
+
+
 def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
     seen, net = [], linear()
     net.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])) if module.training else None)
