@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -44,10 +45,12 @@ SOURCES = {
     "cd": "get the Comparison Detector data set (github.com/kuku-sichuan/ComparisonDetector) and unpack it there",
     "pcam": "get PatchCamelyon's six HDF5 files (github.com/basveeling/pcam) and unpack them there",
 }
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "images", "annotations"}  # no classes if all are such
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after the resize of section 2.3, whatever --image-size
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; the ratio's 1.33 as torchvision's 4/3
 DRAWS = 32  # random numbers that belong to one position of an epoch: 10 crop attempts of 2, place, angle, 2 flips, spare
 UNREADABLE = ("not an image that can be decoded", "an empty file", "No such file")  # read_image's words for a file gone bad
+SHOWN = 50  # unreadable files, and groups of duplicates, that are printed (PatchCamelyon has thousands)
 FLAT = "a colour channel has one value in all images: its standard deviation is taken as 1"
 WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts as hanging
 
@@ -169,8 +172,11 @@ def open_dataset(path):
                          "synthetic cells: bash run_all.sh --demo)")
     name = folder.resolve().name
     try:
+        folder = descend(folder, (*IMAGE_TYPES, ".json", ".h5", ".gz"))[0]
         if any(folder.glob("camelyonpatch_level_2_split_*.h5")):
             return open_pcam(folder, name)
+        if any(folder.glob("camelyonpatch_level_2_split_*.h5.gz")):
+            raise SystemExit(f"{folder}: PatchCamelyon's files are still packed; unpack them: gunzip {folder}/*.gz")
         coco = {file: content for file in sorted(folder.glob("*.json")) if (content := read_coco(file))}
         if coco:
             return open_classes(*crop_coco(folder, coco), name)
@@ -206,17 +212,22 @@ def is_folder(entry):
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def open_classes(folder, notes, name):
-    """A folder of class folders, however deep: goes down while a folder holds one subfolder and no image."""
+def descend(folder, endings):
+    """Go down while a folder holds one subfolder and no file of these endings: (folder, names of its subfolders, number of such files)."""
     root, seen = pathlib.Path(folder), set()
     while True:
-        visible = [e for e in os.scandir(root) if not e.name.startswith(".")]
+        visible = [e for e in os.scandir(root) if not e.name.startswith((".", "__MACOSX"))]
         below = sorted(e.name for e in visible if is_folder(e))
-        stray = sum(not is_folder(e) and e.name.lower().endswith(IMAGE_TYPES) for e in visible)
-        if len(below) != 1 or stray or root.resolve() in seen:
-            break
+        files = sum(not is_folder(e) and e.name.lower().endswith(endings) for e in visible)
+        if len(below) != 1 or files or root.resolve() in seen:
+            return root, below, files
         seen.add(root.resolve())
         root = root / below[0]
+
+
+def open_classes(folder, notes, name):
+    """A folder of class folders, however deep: goes down while a folder holds one subfolder and no image."""
+    root, below, stray = descend(folder, IMAGE_TYPES)
     above = tuple((state.st_dev, state.st_ino) for state in map(os.stat, (root, *root.resolve().parents)))
     images = {label: find_images(root / label, above) for label in below}
     classes = [label for label in below if images[label]]
@@ -226,6 +237,9 @@ def open_classes(folder, notes, name):
     if len(classes) < 2:
         raise SystemExit(f"{folder}: {len(classes)} class folder(s) with images and {stray} images outside any found (in {root}), "
                          "at least 2 are needed: one folder a class, holding jpg, png, bmp or tif files")
+    if {label.lower() for label in classes} <= PARTS:
+        raise SystemExit(f"{root}: {' and '.join(classes)} are parts of a data set, not classes; name one of them, or put the JSON files of a "
+                         "COCO set beside its image folders")
     if set(classes) <= set(BM_CLASSES):
         classes.sort(key=BM_CLASSES.index)
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
@@ -303,6 +317,7 @@ def find_image(folder, json_stem, file_name):
 def collect_boxes(folder, coco):
     """Sort the boxes of COCO files: ({(image, file): [(crop's path, box)]}, dropped counts, [(json stem, missing image)])."""
     boxes, dropped, missing, taken = collections.defaultdict(list), collections.Counter(), [], set()
+    owner, first = {}, {}  # the picture that has a name; the JSON file that has a box
     for file, content in coco.items():
         names = {c["id"]: str(c["name"]).replace("/", "-").strip(". ") or "unnamed" for c in content["categories"]}
         images = {i["id"]: i["file_name"] for i in content["images"]}
@@ -318,12 +333,16 @@ def collect_boxes(folder, coco):
                 dropped["width or height of 1 or less, no cell"] += 1
             else:
                 image = str(pathlib.PurePath(images[box["image_id"]]).with_suffix("")).replace("/", "-")
-                number = str(box["id"]).replace("/", "-")
+                number = re.sub("[/_]", "-", str(box["id"]))  # what follows the last _: pretrain.py keeps crops of one image together
+                if owner.setdefault(image, place) != place:  # another picture of that name
+                    image = f"{file.stem}-{image}"
                 cell = f"{label}/{image}_{number}.png"
-                if cell in taken:  # the same names in two JSON files
-                    cell = f"{label}/{file.stem}-{image}_{number}.png"
                 if cell in taken:
-                    dropped["a second box of the same id"] += 1
+                    cell = f"{label}/{image}_{number}-2.png"
+                if first.setdefault((place, label, *area), file) is not file:
+                    dropped["also in another JSON file"] += 1
+                elif cell in taken:
+                    dropped["a third box of the same id"] += 1
                 else:
                     taken.add(cell)
                     boxes[image, str(place)].append((cell, area))
@@ -525,7 +544,7 @@ def fingerprint(cells):
     """SHA-256 over paths, labels and file sizes (of PCam: the files'), so it is the same on a copy elsewhere."""
     digest = hashlib.sha256(repr(cells.classes).encode())
     digest.update("\0".join(cells.paths).encode(errors="surrogateescape") + cells.targets.tobytes())
-    files = sorted(cells.root.glob("*.h5")) if isinstance(cells.read, PcamReader) else [f"{cells.root}/{p}" for p in cells.paths]
+    files = sorted(cells.root.glob("*_[xy].h5")) if isinstance(cells.read, PcamReader) else [f"{cells.root}/{p}" for p in cells.paths]
     digest.update(np.array([os.stat(f).st_size if os.path.exists(f) else -1 for f in files], np.int64).tobytes())
     return digest.hexdigest()
 
@@ -611,8 +630,10 @@ def describe(info):
                      + (beside(f"{mean[channel]:.4f} ± {std[channel]:.4f}") if images else ""))
     lines.append(f"  unreadable {len(info['unreadable'])}, exact duplicates {len(info['duplicates'])} groups, "
                  f"{info['across_classes']} of them across classes")
-    lines += [f"    unreadable, left out: {path} ({why})" for path, why in info["unreadable"]]
-    lines += [f"    the same image: {', '.join(group)}" for group in info["duplicates"]]
+    for found in ([f"unreadable, left out: {path} ({why})" for path, why in info["unreadable"]],
+                  [f"the same image: {', '.join(group)}" for group in info["duplicates"]]):
+        lines += [f"    {line}" for line in found[:SHOWN]]
+        lines += [f"    ... and {len(found) - SHOWN} more, see data/{info['name']}.json in the folder of --runs"] * (len(found) > SHOWN)
     return "\n".join(lines + [f"  note: {note}" for note in info["notes"]])
 
 

@@ -15,8 +15,6 @@ import re
 import sys
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
-
 import splits
 import train
 
@@ -28,18 +26,13 @@ def pretraining_parts(cells, seed=0):
     official = np.array([path.split("/")[0] for path in cells.paths])
     if set(official) <= {"train", "valid", "test"}:
         return np.select([official == "train", official == "valid"], ["train", "val"], "")[:, None]
-    if cells.root.name != ".crops":
-        tested = splits.make_splits(cells.targets, folds=VALIDATION_PARTS, seed=seed)[:, :1] == "test"
-        return np.where(tested, "val", "train")
-    images = [re.sub(r"_[^_]*$", "", path.split("/", 1)[1]) for path in cells.paths]  # <class>/<image>_<box id>.png
-    images_there, largest = len(set(images)), np.bincount(cells.targets).max()
-    if min(images_there, largest) < VALIDATION_PARTS:
-        raise SystemExit(f"{cells.root}: cells of {images_there} images only, {largest} in the largest class; at least {VALIDATION_PARTS} "
-                         "of both are needed to split them")
-    folds = StratifiedGroupKFold(VALIDATION_PARTS, shuffle=True, random_state=seed)
-    parts = np.full((len(cells), 1), "train", "U5")
-    parts[next(folds.split(cells.paths, cells.targets, images))[1]] = "val"
-    return parts
+    images = None
+    if cells.root.name == ".crops":
+        images = [re.sub(r"_[^_]*$", "", path.split("/", 1)[1]) for path in cells.paths]  # <class>/<image>_<box id>.png
+        if len(set(images)) < VALIDATION_PARTS:
+            raise SystemExit(f"{cells.root}: cells of {len(set(images))} images only; at least {VALIDATION_PARTS} are needed to split them")
+    tested = splits.make_splits(cells.targets, folds=VALIDATION_PARTS, seed=seed, groups=images)[:, :1] == "test"
+    return np.where(tested, "val", "train")
 
 
 def main():

@@ -721,7 +721,7 @@ def guarded(main):
         signal.signal(number, stop)
     try:
         return main()
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise SystemExit(f"{str(error).splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU; under torchrun "
                          "the range test has the whole batch on one GPU, which --lr RATE does without") from None
     except (OSError, RuntimeError, ValueError) as error:

@@ -146,7 +146,49 @@ def test_a_box_number_used_twice_loses_no_cell(tmp_path):
     cells = datasets.open_dataset(tmp_path / "cd")
     columns = sorted((label, int(image[0, 0, 0])) for (label, _), image in crops(cells).items())
     assert columns == [("hsil", 0), ("hsil", 20), ("hsil", 30), ("lsil", 10)]
-    assert cells.notes == ["1 boxes dropped: a second box of the same id"]
+    assert cells.notes == ["1 boxes dropped: a third box of the same id"]
+
+
+def test_a_second_json_over_the_same_pictures_counts_no_box_twice(tmp_path):
+    """A part of train.json beside it, as people make them, all pictures in images/: every box once, and one image stays one group."""
+    images, boxes = {1: ("one.png", 5), 2: ("two.png", 6)}, [(n, 1 + n % 2, 3 + 4 * (n > 5), [n, n, 9, 9]) for n in range(1, 7)]
+    folder = tmp_path / "cd"
+    write_coco(folder, "train", images, boxes)
+    write_coco(folder, "small_train", images, boxes[:3] + [(7, 1, 3, [50, 50, 9, 9])])
+    (folder / "images").mkdir()
+    for file in folder.glob("*.png"):
+        file.rename(folder / "images" / file.name)
+    cells = datasets.open_dataset(folder)
+    assert sorted(int(image[0, 0, 0]) for image in crops(cells).values()) == [1, 2, 3, 4, 5, 6, 50]
+    assert cells.notes == ["3 boxes dropped: also in another JSON file"]
+    assert {path.rpartition("_")[0] for path in cells.paths} == {"hsil/one", "hsil/two", "lsil/one"}
+
+
+@pytest.mark.parametrize("inside", ["ComparisonDetectorDataset", "download/ComparisonDetectorDataset"])
+def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
+    """COCO and HDF5 files one or two folders down: the same images and the same name as at the root."""
+    for name in ("cd", "pcam"):
+        place = tmp_path / name / inside
+        place.parent.mkdir(parents=True)
+        shutil.copytree(demo / name, place)
+        (tmp_path / name / "__MACOSX").mkdir()
+        deep, flat = datasets.open_dataset(tmp_path / name), datasets.open_dataset(demo / name)
+        assert (deep.name, deep.classes, deep.paths.tolist()) == (flat.name, flat.classes, flat.paths.tolist())
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "Valid", "TEST"), ("annotations", "images")])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, parts):
+    for part in parts:
+        (tmp_path / part).mkdir()
+        Image.fromarray(picture(1)).save(tmp_path / part / "one.png")
+    with pytest.raises(SystemExit, match="parts of a data set, not classes"):
+        datasets.open_dataset(tmp_path)
+
+
+def test_packed_files_are_to_be_unpacked(tmp_path):
+    (tmp_path / "camelyonpatch_level_2_split_train_x.h5.gz").write_bytes(b"")
+    with pytest.raises(SystemExit, match="gunzip"):
+        datasets.open_dataset(tmp_path)
 
 
 def test_pictures_are_cropped_once_and_again_when_the_json_changes(tmp_path):
