@@ -292,8 +292,13 @@ else
   "$python" evaluate.py --runs "$RUNS" "${compare[@]}" || odd="evaluate.py found files that can't be right, see above"
   [ -f "$RUNS/results/table4.csv" ] || exit 1
   best=$(tail -n +2 "$RUNS/results/table4.csv" | LC_ALL=C sort -t, -k3,3nr -k8,8gr | head -n 1 | cut -d, -f1,2)  # as evaluate.best_run
+  mapfile -t classes < <("$python" -c '
+import csv, sys
+names = [row["class"] for row in csv.DictReader(open(sys.argv[1], encoding="utf-8"))]
+print(*([name for name in ("FGC", "BAS") if name in names] or names[:2]), sep="\n")  # Figs. 5 and 6, or two of other cells
+' "$RUNS/results/table5_${best/,/_}.csv")
   [ "$device" = cpu ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
-  "$python" gradcam.py --model "${best%,*}" --init "${best#*,}" --classes FGC BAS --runs "$RUNS" --data "$DATA/bm" --device "$device" \
+  "$python" gradcam.py --model "${best%,*}" --init "${best#*,}" --classes "${classes[@]}" --runs "$RUNS" --data "$DATA/bm" --device "$device" \
     || odd="${odd:+$odd; }gradcam.py failed, see above"
   if "$python" report.py --runs "$RUNS" --data "$DATA/bm"; then echo "Open $RUNS/results/index.html"
   else odd="${odd:+$odd; }report.py failed, see above"; fi
