@@ -36,6 +36,8 @@ SCORES = {"precision": "Precision", "recall": "Recall", "f1": "F1 score"}
 COMMON = 100                    # images from which on a class counts for f1_common
 LEVEL = 0.05                    # of the tests; intervals cover 1 - LEVEL
 TEST_TO_TRAIN = 0.20 / 0.64     # test images to images fitted on in the paper's split, for runs that don't tell
+# what config.json says of a training: must rows have it in common, too, or the folds of one row alone?
+SETTINGS = {"data": True, "epochs": True, "batch_size": True, "image_size": True, "stop_lr": True, "amp": True, "lr": False, "seed": False}
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 Fold = namedtuple("Fold", "ids labels predictions confusion train_images")
 Study = namedtuple("Study", "classes images runs problems notes")
@@ -152,8 +154,8 @@ def read_split(file):
     """Paths, labels (lists), parts (str [N, folds]) of a split.csv; [], [], None without one; ValueError."""
     if not Path(file).exists():
         return [], [], None
-    with naming(file), open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        header, *rows = list(csv.reader(stream, strict=True)) or [[]]
+    with naming(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        header, *rows = list(filter(None, csv.reader(stream, strict=True))) or [[]]
         require(header[2:] and header == ["path", "label", *(f"fold{k}" for k in range(len(header) - 2))] and
                 {len(row) for row in rows} == {len(header)}, "is no table of path,label,fold0,fold1,...")
         paths, labels, *parts = zip(*rows)
@@ -183,33 +185,56 @@ def read_study(runs):
     classes = list(max(sets, key=sets.get, default=()))     # those of most files: the others are the odd ones
     truth = np.full(len(index), -1)                         # -1: no file has told yet
     truth[:len(names)] = [classes.index(name) if name in classes else -2 for name in names]
-    paths = list(index)
+    paths, tested, unread, settings = list(index), np.zeros(len(index), bool), set(), {}
     for (run, fold, file), (one, own) in read.items():
         try:
             with naming(file):
                 require(own == classes, f"its {len(own)} classes are not the {len(classes)} of most runs")
-                train = check_fold(file, fold, one, truth, parts, good.get(run, {}), paths)
+                config = read_config(file)
+                train = check_fold(fold, one, truth, parts, good.get(run, {}), paths, config)
         except ValueError as error:
             problems.append(str(error))
             continue
         truth[one.ids] = one.labels
+        tested[one.ids] = True
+        unread.update(index[row[0]] for row in config.get("left_out") or () if isinstance(row, list) and row[0] in index)
+        for key in set(SETTINGS) & set(config):
+            settings.setdefault(key, {}).setdefault(run, set()).add(str(config[key]))
         counts = np.bincount(one.labels * len(classes) + one.predictions, minlength=len(classes) ** 2)
         good.setdefault(run, {})[fold] = one._replace(confusion=counts.reshape(len(classes), -1), train_images=train)
     absent = {(k, i) for folds in good.values() for k, one in folds.items()
               for i in np.flatnonzero(one.confusion.sum(1) == 0)}
     notes = [f"Fold {k} has no test image of {printable(classes[i])}: left out of that class's mean."
              for k, i in sorted(absent)]
-    return Study(classes, np.bincount(truth[truth >= 0], minlength=len(classes)), good, problems, notes)
+    truth[[i for i in unread if not tested[i]]] = -1
+    return Study(classes, np.bincount(truth[truth >= 0], minlength=len(classes)), good, problems, notes + differences(settings))
 
 
-def check_fold(file, fold, one, truth, parts, others, paths):
+def read_config(file):
+    """config.json beside a predictions.csv as a dict; {} without one that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
+    return {}
+
+
+def differences(settings):
+    """Sentences on what folds of one row, or rows, were not trained alike in; settings {key: {run: set of its folds' values}}."""
+    notes = []
+    for key, runs in sorted(settings.items()):
+        shown = (lambda values: "") if key == "data" else (lambda values: f" ({', '.join(sorted(values))})")
+        notes += [f"{' '.join(paper_names(*run))}: its folds differ in {key}{shown(values)}, so they are no repetitions of one experiment."
+                  for run, values in runs.items() if len(values) > 1]
+        every = set().union(*runs.values())
+        if SETTINGS[key] and len(every) > max(map(len, runs.values())):
+            notes.append(f"The rows differ in {key}{shown(every)}: what tells them apart may be that.")
+    return notes
+
+
+def check_fold(fold, one, truth, parts, others, paths, config):
     """Images the network was fitted on (float); ValueError if its test images contradict the split or other runs.
 
     truth int64 [images], -1 unknown; parts of the split, or None; others: Folds of the same run; paths: of all images.
     """
-    config = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
     other = one.ids[(truth[one.ids] != one.labels) & (truth[one.ids] != -1)]
     require(not len(other), f"{len(other)} images have another label elsewhere, as {[paths[i] for i in other[:1]]}")
     if parts is None:
@@ -218,6 +243,7 @@ def check_fold(file, fold, one, truth, parts, others, paths):
     else:
         require(fold < parts.shape[1], f"split.csv has no fold{fold}")
         expected, train = ((parts[:, fold] == part).sum() for part in ("test", "train"))
+        train = config["train_images"] if isinstance(config.get("train_images"), int) else train    # some can't be read
         strange = np.setdiff1d(one.ids, np.flatnonzero(parts[:, fold] == "test"))
     require(not len(strange), f"{len(strange)} images are of no or another fold, as {[paths[i] for i in strange[:1]]}")
     expected = config.get("test_images", expected)          # less than the split's where images can't be read
@@ -441,8 +467,8 @@ def statements(study, table4, comparisons):
         folds, needed = max(row["folds"] for row in table4), sorted(row["smallest_difference"] for row in best)
         lines += [f"* has the best F1 of the rows with {folds} folds; = can't be told from it (corrected resampled "
                   f"t-test of macro F1, Holm over {len(best)}, level {LEVEL}); ? can't be tested.",
-                  f"The smallest difference from it that {folds} folds could have shown: {needed[0]:.3f} to "
-                  f"{needed[-1]:.3f}, by the row's spread, {np.median(needed):.3f} in the middle."]
+                  f"The smallest difference from it that {folds} folds could have shown: {up_to_1(needed[0])} to "
+                  f"{up_to_1(needed[-1])}, by the row's spread, {up_to_1(np.median(needed))} in the middle."]
     if imagenet:
         shown = [f"{' '.join(paper_names(row['model'], row['init']))} {row['difference']:+.3f}"
                  for row in imagenet if row["p_holm"] < LEVEL]
@@ -462,6 +488,11 @@ def printable(text):
 def paper_names(model, init):
     """[model, init] as the paper prints them."""
     return [printable(MODELS.get(model, model)), printable(INITS.get(init, init))]
+
+
+def up_to_1(value):
+    """'0.123'; 'over 1 (none)' for a difference that no two scores can have."""
+    return f"{value:.3f}" if value <= 1 else "over 1 (none)"
 
 
 def mean_std(mean, std=np.nan):

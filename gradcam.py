@@ -14,10 +14,12 @@ which is which, table4.csv, table5.csv and a confusion matrix, without images th
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import warnings
@@ -188,6 +190,9 @@ def draw_classes(runs, model, init, data, labels, paths, count, device, batch_si
     unknown = [label for label in labels if label not in classes] + [path for path in paths if path not in chosen]
     if unknown:
         raise SystemExit(f"{unknown[0]}: no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})")
+    with contextlib.suppress(OSError, ValueError):
+        root = json.loads((cells[0]["fold"] / "config.json").read_bytes()).get("root", "")
+        data = data or (root if os.path.isdir(root) else None)
     figures = {}
     for label in labels or sorted(set(chosen.values())):
         of_class = [cell for cell in cells if cell["label"] == label]
@@ -198,7 +203,7 @@ def draw_classes(runs, model, init, data, labels, paths, count, device, batch_si
             heading = f"{name}: {len(group)} of {len(of_class)} test cells\n{len(some)} shown ({kind})"
             figures.setdefault(label, []).append((heading, some))
     shown = [cell for halves in figures.values() for _, some in halves for cell in some]
-    add_heat(shown, classes, datasets.open_dataset(data), device, batch_size)
+    add_heat(shown, classes, datasets.open_dataset(data or "data/bm"), device, batch_size)
     for label, halves in figures.items():
         if not any(some for _, some in halves):
             print(f"{label}: no test cell in the finished folds, no figure")
@@ -231,9 +236,10 @@ def read_pairs(file):
     """A CSV file of two columns as a dict of str."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            return {row[0].strip(): row[1].strip() for row in csv.reader(handle) if row}
-    except (OSError, IndexError, csv.Error) as error:
-        why = "a row has one" if isinstance(error, IndexError) else getattr(error, "strerror", None) or error
+            rows = [[cell.strip() for cell in row[:2]] for row in csv.reader(handle) if row]
+            return {name: value for name, value in rows if [name.lower(), value.lower()] != ["folder", "class"]}
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or ("a row has one" if "unpack" in str(error) else error)
         raise SystemExit(f"{file}: can't be read as a CSV file of two columns ({why})") from None
 
 
@@ -311,11 +317,13 @@ def trained_on(checkpoints, nets, cells, digests):
         try:
             place = pathlib.Path(checkpoint).resolve()
             root = pathlib.Path(json.loads(place.with_name("config.json").read_bytes())["root"])
-            with open(place.parents[4] / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            with open(place.parents[4] / "split.csv", encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
                 used = [row["path"] for row in csv.DictReader(handle) if row[f"fold{info['fold']}"] != "test"]
         except (OSError, IndexError, KeyError, ValueError) as error:  # a best.pt that was moved
             print(f"{checkpoint}: what it was trained on is not known ({error}); images of that here would be scored")
             continue
+        if not root.is_dir():
+            print(f"{checkpoint}: what it was trained on is not in {root} any more; images of that are known by class folder and name alone")
         for path in used:
             if not (root / path).is_file():
                 names.add(path)
@@ -402,7 +410,11 @@ def write_scores(out, classes, truth, p, ratio, prior):
 
 def judge_images(checkpoints, folder, out, mapping, prior, device, batch_size, maps):
     """Predictions, heatmaps (if maps is true), differential and scores of all images below folder, written to out."""
-    if not folder.is_dir() or not (paths := datasets.find_images(folder)):
+    if folder.resolve() == out.resolve():
+        raise SystemExit(f"{out}: the images' own folder; name another one with --out")
+    ours = f"{os.path.relpath(out.resolve(), folder.resolve())}/"  # pictures of an earlier call
+    paths = [path for path in datasets.find_images(folder) if not path.startswith(ours)] if folder.is_dir() else []
+    if not paths:
         raise SystemExit(f"{folder}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
     nets = load_networks(checkpoints, device)
     classes = nets[0][1]["classes"]
@@ -424,8 +436,9 @@ def judge_images(checkpoints, folder, out, mapping, prior, device, batch_size, m
     labels, smears = zip(*folder_labels(cells.paths, {label: label for label in classes} | names))
     write_csv(out / "differential.csv", differential(smears, predicted, classes))
     known = np.array([label in classes for label in labels])
-    seen = trained_on(checkpoints, nets, cells, [checked[i][1] for i in rows]) if known.any() else set()
-    left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
+    seen = trained_on(checkpoints, nets, cells, [checked[i][1] for i in rows])
+    unreadable = len(left_out)
+    left_out += [(path, "not scored, though counted: a checkpoint was trained or chosen on it") for path in sorted(seen)]
     scored = known & ~np.isin(cells.paths, list(seen))
     for path, why in left_out[:10]:
         print(f"{path}: {why}")
@@ -439,7 +452,8 @@ def judge_images(checkpoints, folder, out, mapping, prior, device, batch_size, m
     header = ["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]
     write_csv(out / "predictions.csv", [header, *([path, label, *(f"{v:.7g}" for v in (row.max(), *row))]
                                                   for path, label, row in zip(cells.paths, predicted, final))])
-    print(f"{out}/predictions.csv: {len(cells)} images (prior: {prior}); {len(left_out)} left out, see left_out.csv")
+    print(f"{out}/predictions.csv: {len(cells)} images (prior: {prior}), {len(seen)} of which a checkpoint was trained or chosen on; "
+          f"{unreadable} unreadable; see left_out.csv")
 
 
 # ---------------------------------------------------------------- command line
@@ -451,7 +465,7 @@ def main():
     parser.add_argument("--paths", nargs="+", default=[], help="test images to show in the figures")
     parser.add_argument("--count", type=int, default=6, help="cells a figure shows of right and of wrong ones")
     parser.add_argument("--runs", default="runs", type=pathlib.Path)
-    parser.add_argument("--data", default="data/bm", help="the run's data set")
+    parser.add_argument("--data", help="the run's data set (default: where it was, else data/bm)")
     parser.add_argument("--checkpoint", nargs="+", help="best.pt of one or more networks, which are averaged")
     parser.add_argument("--images", type=pathlib.Path, help="folder of new images")
     parser.add_argument("--out", type=pathlib.Path, help="folder for what is found out about them")

@@ -268,7 +268,8 @@ def clinic_rows(folds, classes):
 def doubtful_rows(study, files, runs):
     """Rows of label_issues.csv, the most doubtful first: all images with another most probable class than the label.
 
-    By prior-corrected probabilities, averaged over the configurations runs [(model, init)], on the folds that all have.
+    By prior-corrected probabilities, averaged over the configurations runs [(model, init)], on the folds that all have. Of an
+    image that a published split tests more than once the most doubtful row.
     """
     enough, rows = study.images >= ENOUGH, []
     for fold in sorted(set.intersection(*(set(study.runs[run]) for run in runs))):
@@ -287,7 +288,10 @@ def doubtful_rows(study, files, runs):
             rows.append({"path": paths[i], "label": study.classes[a], "suggested": study.classes[b], "score": score[i],
                          "flagged": "yes" if flagged[i] else "no" if enough[a] and enough[b] else "rare class",
                          "fold": fold, "p_label": p[i, a], "p_suggested": p[i, b]})
-    return sorted(rows, key=lambda row: -row["score"])
+    first = {}
+    for row in sorted(rows, key=lambda row: -row["score"]):
+        first.setdefault(row["path"], row)
+    return list(first.values())
 
 
 # ---------------------------------------------------------------- pictures and files
@@ -307,6 +311,8 @@ def plot(lines, xlabel, ylabel, *, log=False, square=False):
         axes.plot([0, 1], [0, 1], "k:")
         axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(fontsize=8)
+    if xlabel == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(out, dpi=120)
     return inline(out.getvalue())
 
@@ -329,7 +335,7 @@ def read_rows(file):
     """Rows of a CSV with a header as dicts; [] if there is no such file."""
     if not file.exists():
         return []
-    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as handle:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -423,7 +429,9 @@ images may carry a wrong label. Made on {{ date }} from the folder {{ runs }}.</
 {{ tied }} of {{ table4|length - 1 }} other configurations can't be told from it.</li>
 <li>Shown in detail: {{ shown|run }}. Its probabilities are {{ percent(calibration[0].ece) }} off on average as trained
 {%- if calibration|length > 2 %}, {{ percent(calibration[-1].ece) }} prior-corrected and with a temperature{% endif %}.</li>
-<li>{{ flagged }} of {{ tested }} labels deserve a second look.</li></ul>
+{% if rare %}<li>No class has the {{ enough }} images from which on labels are flagged.</li>{% else %}
+<li>{{ flagged }} of {{ tested }} labels are flagged for a second look: by a network that is right on {{ percent(best.accuracy_mean, 0) }} of the
+images, so the weaker it is, the more of them are its own errors.</li>{% endif %}</ul>
 <nav aria-label="Sections">{% for name in ("Progress", "Networks", "Classes", "Clinic", "Calibration", "Training", "Heatmaps",
   "Labels") %}<a href="#{{ name|lower }}">{{ name }}</a>{% endfor %}</nav>{% endif %}</header>
 
@@ -532,7 +540,8 @@ all are in reliability_{{ shown|join("_") }}.csv.</figcaption></figure>
 <img class="matrix" src="{{ source }}" alt="Grad-CAM heatmaps, {{ file }}"></div>
 <figcaption>{{ file }}: the redder a part of the cell, the more it spoke for the
 class. Each map is scaled to its own maximum; where it has 7 × 7 places (ViT-L/32), believe the coarse place alone.</figcaption></figure>
-{% else %}<p>No heatmaps yet; python gradcam.py draws them.</p>{% endfor %}
+{% else %}<p>No heatmaps yet of this configuration; python gradcam.py --model {{ shown[0] }} --init {{ shown[1] }} --classes ... draws them.</p>
+{% endfor %}
 {% if more_heatmaps %}<p>{{ more_heatmaps }} more gradcam_*.png are in the results folder.</p>{% endif %}</section>
 
 <section id="labels"><h2>Labels to look at again</h2>
@@ -681,7 +690,7 @@ def of_run(study, run, results, paper, pairs):
     for c, row in enumerate(table5):
         row |= spread(tolerant[:, 0, c], "tolerant_precision_") | spread(tolerant[:, 1, c], "tolerant_recall_")
     logs = {f"fold {k}": rows for k in study.runs[run] if (rows := read_log(folder / f"fold{k}/log.csv"))}
-    heatmaps = sorted(results.glob("gradcam_*.png"), key=lambda file: ("_".join(run) not in file.name, file.name))
+    heatmaps = sorted(results.glob(f"gradcam_{'_'.join(run)}_*.png"))
     return {"shown": run, "table5": table5, "pairs": pairs.name if pairs else "no file",
             "paper5": {row["class"]: row for row in read_rows(paper / "table5.csv")} if paper else {},
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, study.classes, title(*run))),
@@ -704,7 +713,7 @@ def of_labels(study, files, runs, results, data, number):
     roots = [data, *sorted(data.glob("*/")), *sorted(data.glob("*/*/")), pathlib.Path(config.get("root") or data)]
     cells = [row | {"source": next(filter(None, (small_jpeg(root / row["path"], 150) for root in roots)), None)}
              for row in rows[:number]]
-    return {"doubt": "; ".join(title(*run) for run in runs), "doubts": f"{len(rows):,}", "enough": ENOUGH, "cells": cells,
+    return {"doubt": "; ".join(title(*run) for run in runs), "doubts": f"{len(rows):,}", "enough": ENOUGH, "rare": bool((study.images < ENOUGH).all()), "cells": cells,
             "flagged": sum(row["flagged"] == "yes" for row in rows), "left_out": config.get("left_out") or []}
 
 

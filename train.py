@@ -203,8 +203,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
         workers=0, device="cpu", amp="off", memory_format="channels_last", compile=False, stop_lr=0.0, info=None):
     """Train net on train, choose the epoch on val (both Cells); returns the history, a list of dicts of log.csv's columns.
 
-    Leaves log.csv, best.pt (first epoch of highest validation accuracy) and last.pt in folder and goes on from last.pt.
-    batch_size is the global one. info: what best.pt shall say besides. SystemExit if a loss is not finite (sections 2.2, 2.3).
+    Leaves log.csv, best.pt (first epoch of highest validation accuracy) and last.pt in folder and goes on from last.pt; net itself
+    ends with the last epoch's weights. batch_size is the global one, mean and std are those that images are normalised with. info: what
+    best.pt shall say besides; models.load_checkpoint needs its model and init. SystemExit if a loss is not finite (sections 2.2, 2.3).
     """
     folder, device, layout, (rank, number) = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format], ranks()
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
@@ -217,6 +218,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     history = resume(folder, net, optimizer, scheduler, scaler)
+    if history and history[0]["lr"] != lr:
+        raise SystemExit(f"{folder}: begun at rate {history[0]['lr']}, not {lr}; repeat the old one, or start anew in another folder")
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
     batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, device.type == "cuda")
     val_batches = evaluation_loader(val, image_size, EVALUATION_BATCH, workers, device)
@@ -508,17 +511,22 @@ def initial_weights(runs, model, init, weights):
     return os.path.abspath(folder / "best.pt")  # a path of any name is told from the name of ImageNet weights
 
 
-def record(folder, same, also):
-    """Write config.json, or refuse to go on with a run whose settings (same) differ from those it was begun with."""
-    file = folder / "config.json"
-    if file.exists():
-        before = datasets.read_json(file)
-        differ = [f"{key} {before.get(key)} before, {value} now" for key, value in same.items() if before.get(key) != value]
-        if differ and any(folder.glob("*.pt")):
-            raise SystemExit(f"{folder}: begun with other settings ({'; '.join(differ)}); repeat the old ones, or start anew: remove "
-                             "that folder or name another with --runs")
-    with datasets.whole(file, "w") as handle:
-        json.dump(same | also, handle, indent=1)
+def refuse_others(folder, same):
+    """SystemExit if a run was begun with other settings than same (dict), by its config.json."""
+    before = datasets.read_json(folder / "config.json") if (folder / "config.json").exists() else same
+    differ = [f"{key} {before.get(key)} before, {value} now" for key, value in same.items() if before.get(key) != value]
+    if differ and any(folder.glob("*.pt")):
+        raise SystemExit(f"{folder}: begun with other settings ({'; '.join(differ)}); repeat the old ones, or start anew: remove that folder "
+                         "or name another with --runs")
+
+
+def finished(folder, same):
+    """Has the run left predictions.csv? SystemExit if it did so with other settings than same."""
+    if not (folder / "predictions.csv").exists():
+        return False
+    refuse_others(folder, same)
+    (folder / "last.pt").unlink(missing_ok=True)
+    return True
 
 
 def versions():
@@ -549,13 +557,14 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
     cells: all readable images; parts: str [N, folds] of 'train', 'val', 'test'; without test images val's are predicted.
     """
     rank, number = ranks()
+    split = hashlib.sha256("\0".join(map("\1".join, sorted(zip(cells.paths, parts[:, fold])))).encode(errors="surrogateescape"))
+    same = {"model": model, "init": init, "data": info["fingerprint"], "split": split.hexdigest(), "fold": fold, "seed": seed, "epochs": epochs,
+            "batch_size": batch_size, "image_size": image_size, "stop_lr": stop_lr} | ({} if lr == "auto" else {"lr": lr})
     with contextlib.ExitStack() as stack:
         if not from_rank_0(lambda: stack.enter_context(lock(folder))):
             print(f"{folder}: busy, another process works on it", file=sys.stderr)
             return BUSY
-        if from_rank_0((folder / "predictions.csv").exists):
-            if rank == 0:
-                (folder / "last.pt").unlink(missing_ok=True)
+        if from_rank_0(lambda: finished(folder, same)):
             print(f"{folder}: finished, nothing to do")
             return 0
         for leftover in folder.glob(".*.tmp") if rank == 0 else ():
@@ -580,16 +589,15 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
             return float(lr), memory_format
         rate, layout = from_rank_0(prepare)
         net = build(fold)
-        split = hashlib.sha256("\0".join(map("\1".join, sorted(zip(cells.paths, parts[:, fold])))).encode(errors="surrogateescape"))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
-        same = {"model": model, "init": init, "weights": hash_file(file), "data": info["fingerprint"], "split": split.hexdigest(),
-                "fold": fold, "seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": rate, "image_size": image_size,
-                "stop_lr": stop_lr, "amp": amp, "memory_format": layout}
+        same |= {"weights": hash_file(file), "lr": rate, "amp": amp, "memory_format": layout}
         also = {"lr_argument": lr, "device": str(device), "workers": workers, "ranks": number, "compile": compile, "versions": versions(),
                 "train_images": len(train), "val_images": len(val), "test_images": len(test), "left_out": info["unreadable"],
-                "weights_from": str(file), "root": str(cells.root), "command": sys.argv}
+                "weights_from": str(file), "root": os.path.abspath(cells.root), "command": sys.argv}
         if rank == 0:
-            record(folder, same, also)
+            refuse_others(folder, same)
+            with datasets.whole(folder / "config.json", "w") as handle:
+                json.dump(same | also, handle, indent=1)
         fit(folder, net, train, val, lr=rate, epochs=epochs, fold=fold, compile=compile, stop_lr=stop_lr, memory_format=layout,
             info={"model": model, "init": init}, **common)
         if number > 1:
@@ -769,6 +777,9 @@ def main():
     settings = options(args, parser)
     weights, status = initial_weights(runs, args.model, args.init, args.weights), 0
     cells, info = open_checked(args.data, runs)
+    before = pathlib.Path(weights or "").with_name("config.json") if weights and os.path.isabs(weights) else None
+    if before and before.exists() and datasets.read_json(before).get("data") == info["fingerprint"]:
+        raise SystemExit(f"{weights}: was trained on the very images of {cells.root}, those to be tested among them; start from other weights")
     cells, parts = from_rank_0(lambda: open_split(runs / "split.csv", cells, {path for path, _ in info["unreadable"]}))
     folds = range(parts.shape[1]) if args.fold is None else args.fold
     if not all(0 <= fold < parts.shape[1] for fold in folds):

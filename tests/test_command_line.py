@@ -124,6 +124,22 @@ def test_a_second_call_does_nothing_and_says_so(study, demo):
     assert "epoch" not in done.stdout and state() == before
 
 
+def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo, run):
+    """A quick trial of fold 0, then the real run into the same folder: the first would count as one of the five."""
+    runs, _ = study
+    done = run(*training(demo, runs), "--epochs", 3)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{runs}/train/{MODEL}/random/fold0: begun with other settings")
+    assert "epochs 1 before, 3 now" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo, run):
+    runs, _ = study
+    best = runs / "train" / MODEL / "random" / "fold0" / "best.pt"
+    done = run("train.py", "--model", MODEL, "--init", f"mine={best}", "--data", demo / "bm", "--runs", runs, *SMALL)
+    assert done.returncode == 1 and f"{best}: was trained on the very images of" in done.stderr
+    assert not (runs / "train" / MODEL / "mine").exists()
+
+
 # ---------------------------------------------------------------- evaluate.py, report.py, gradcam.py
 def test_tables_have_the_columns_that_others_read(study):
     results = study[0] / "results"

@@ -444,6 +444,16 @@ def test_bad_input_is_one_line(study, tmp_path, monkeypatch, capsys):
         assert caught.value.code == 2
 
 
+def test_pictures_that_an_earlier_call_wrote_among_the_images_are_no_images(study, tmp_path, monkeypatch, capsys):
+    runs, cells = study
+    copy_cells(cells, cells.paths[:3], tmp_path / "new")
+    for _ in range(2):
+        command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "new/out")
+        assert [row["path"] for row in read(tmp_path / "new/out/predictions.csv")] == sorted(cells.paths[:3])
+    with pytest.raises(SystemExit, match="the images' own folder"):
+        command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "new/../new")
+
+
 @pytest.mark.long
 def test_through_the_command_line(study, tmp_path, run):
     runs, cells = study

@@ -247,7 +247,9 @@ def page(tmp_path_factory):
     (runs / "logs/train-resnet152-imagenet+cd-fold4.failed").touch()
     (runs / "logs/train-resnet152-imagenet+cd-fold4.log").write_text("starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n")
     (runs / "results").mkdir()
-    for file in (runs / "results/gradcam_vit_l_32_imagenet_FGC.png", *(runs / "train/vit_l_32" / init / "lr_range.png" for init in ("random", "imagenet", "imagenet+cd"))):
+    inits = ("random", "imagenet", "imagenet+cd")  # heatmaps of all three, of which the page shows the best one's
+    for file in (*(runs / f"results/gradcam_vit_l_32_{init}_FGC.png" for init in inits),
+                 *(runs / "train/vit_l_32" / init / "lr_range.png" for init in inits)):
         Image.new("RGB", (900, 500), "teal").save(file)
     return make_page(runs, "--data", folder / "bm", "--gallery", 60)
 

@@ -291,7 +291,49 @@ def test_the_runs_own_record_tells_how_many_rows_there_should_be(runs, split):
     assert_left_out(runs, file, "has 13 rows for 14 test images")
 
 
-@pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", '{"train_images": "many"}', '{"train_images": null}', "\xff"])
+def test_a_split_as_a_spreadsheet_saves_it_is_the_same_split(runs):
+    """A byte-order mark before the header and an empty last line: train.py reads that, so the tables have to."""
+    sound = command("--runs", runs), tables(runs)
+    put(runs / "split.csv", b"\xef\xbb\xbf" + (runs / "split.csv").read_bytes() + b"\r\n")
+    assert (command("--runs", runs), tables(runs)) == sound
+
+
+def settings_of(runs, **changes):
+    """config.json of all six folds, alike but for changes {(run, fold): its own settings}."""
+    for run in (GOOD, BAD):
+        for fold in range(3):
+            config = {"epochs": 75, "image_size": 224, "lr": 0.01, "data": "abc"} | changes.get(f"{run[0]}{fold}", {})
+            file_of(runs, run, fold).with_name("config.json").write_text(json.dumps(config))
+
+
+def test_folds_that_were_not_trained_alike_are_named_below_the_table(runs):
+    settings_of(runs)
+    status, alike, _ = command("--runs", runs)
+    assert status == 0 and "differ in" not in alike
+    settings_of(runs, **{f"{BAD[0]}1": {"epochs": 3, "lr": 0.5}})
+    status, out, _ = command("--runs", runs)
+    named = [line for line in out.splitlines() if "differ in" in line]
+    assert status == 0 and len(named) == 2 and all(evaluate.MODELS[BAD[0]] in line for line in named)
+    assert "its folds differ in epochs (3, 75)" in named[0] and "its folds differ in lr (0.01, 0.5)" in named[1]
+    settings_of(runs, **{f"{BAD[0]}{fold}": {"image_size": 64, "lr": 0.5} for fold in range(3)})  # each row has a rate of its own
+    named = [line for line in command("--runs", runs)[1].splitlines() if "differ in" in line]
+    assert len(named) == 1 and "The rows differ in image_size (224, 64)" in named[0]
+
+
+def test_images_that_cant_be_read_are_no_images_of_the_data_set(runs):
+    """splits.py lists files that nobody has opened yet; what train.py then leaves out is in no table."""
+    extra = "LYT/broken.jpg,LYT," + ",".join(["train"] * 3) + "\n"
+    name = sorted(COUNTS)[0]
+    put(runs / "split.csv", (runs / "split.csv").read_bytes() + extra.replace("LYT", name).encode())
+    command("--runs", runs)
+    counted = {row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")}
+    assert counted == COUNTS | {name: COUNTS[name] + 1}
+    file_of(runs).with_name("config.json").write_text(json.dumps({"left_out": [[f"{name}/broken.jpg", "OSError: cut short"]]}))
+    command("--runs", runs)
+    assert {row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")} == COUNTS
+
+
+@pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", '{"train_images": "many"}', '{"train_images": null}', '{"left_out": [1, [2], null]}', "\xff"])
 def test_a_damaged_config_is_no_traceback(runs, config):
     (runs / "split.csv").unlink()
     file_of(runs).with_name("config.json").write_bytes(config.encode("latin-1"))
