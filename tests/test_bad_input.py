@@ -476,8 +476,8 @@ def test_without_data_train_says_where_it_is_to_be_had_before_anything_is_fetche
     pytest.param({"RUNS": "/proc/nothing"}, "--device cpu", 1, "cannot write to /proc/nothing|RUNS", id="runs can't be made"),
     pytest.param({"MODELS": "resnet18 resnet_50"}, "--device cpu", 2, "resnet_50: no classification model|resnet50", id="unknown model",
                  marks=pytest.mark.long),
-    pytest.param({}, "--device cpu --momentum 0.8", 2, "unrecognized arguments: --momentum 0.8", id="unknown option"),
-    pytest.param({}, "--device cpu", 1, "data/bm|missing|README|run_all.sh --demo", id="no data"),
+    pytest.param({}, "--device cpu --momentum 0.8", 2, "unrecognized arguments: --momentum 0.8", id="unknown option", marks=pytest.mark.long),
+    pytest.param({}, "--device cpu", 1, "data/bm|missing|README|run_all.sh --demo", id="no data", marks=pytest.mark.long),
 ])
 def test_the_study_is_not_begun(environment, rest, status, words, tmp_path):
     """Wrong before the night, not after it: no job is started, and no network asked."""

@@ -132,6 +132,7 @@ def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo, run
     assert "epochs 1 before, 3 now" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo, run):
     runs, _ = study
     best = runs / "train" / MODEL / "random" / "fold0" / "best.pt"
@@ -251,6 +252,7 @@ def test_finished_folds_are_listed_as_done(study):
     assert [state for _, state, *_ in jobs(**chosen)] == ["done", "done", "todo", "done"]
 
 
+@pytest.mark.long
 def test_a_job_whose_folders_have_blanks_in_their_names(demo, tmp_path):
     """As under WSL: DATA and RUNS below a folder of first and last name."""
     place = tmp_path / "Anna M & Co" / "data"
@@ -261,6 +263,7 @@ def test_a_job_whose_folders_have_blanks_in_their_names(demo, tmp_path):
     assert (runs / "train" / MODEL / "random" / "fold0" / "predictions.csv").is_file()
 
 
+@pytest.mark.long
 def test_the_page_needs_evaluate_py_and_no_other_file_of_ours(study, tmp_path):
     """The two files alone in a folder, as they are copied into another project."""
     for name in ("report.py", "evaluate.py"):

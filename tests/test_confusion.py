@@ -156,7 +156,7 @@ def test_numbers_stay_within_their_cells(fig4):
 
 
 @pytest.mark.parametrize("classes", [["asch", "hsil"], ["a", "b", "c"], CD, [f"a long name, number {i}" for i in range(5)],
-                                     [*BM, *(name.lower() for name in BM)]], ids=["2", "3", "11", "long", "42"])
+                                     pytest.param([*BM, *(name.lower() for name in BM)], marks=pytest.mark.long)], ids=["2", "3", "11", "long", "42"])
 def test_data_sets_of_other_sizes_are_legible_too(classes):
     images = np.geomspace(1, 40000, len(classes)).round().astype(int)
     figure, *_ = draw(plausible([0.8] * len(classes)), images, classes)

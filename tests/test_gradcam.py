@@ -199,6 +199,7 @@ def checkpoint(runs, fold):
     return runs / "train" / "shufflenet_v2_x0_5" / "random" / f"fold{fold}" / "best.pt"
 
 
+@pytest.mark.long
 def test_figures_come_from_the_fold_that_tested_the_cell(study, monkeypatch, capsys):
     runs, cells = study
     run = ("--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", runs, "--data", cells.root)

@@ -49,7 +49,7 @@ def differing(net, state):
             if key not in own or key not in state or not torch.equal(own[key], state[key])}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name == "vgg11_bn" else name for name in SMALL])
 def test_imagenet_is_torchvisions_file_but_for_the_head(name, torch_home):
     options = {"image_size": 64} if name.startswith("vit") else {}
     state = put_imagenet_file(name, **options)
@@ -60,8 +60,8 @@ def test_imagenet_is_torchvisions_file_but_for_the_head(name, torch_home):
 
 
 @pytest.mark.parametrize("name, size", [
-    ("resnet18", 64), ("vit_b_32", 224), ("densenet121", 64), ("mnasnet0_5", 64), ("googlenet", 64),
-    pytest.param("vgg19_bn", 224, marks=pytest.mark.long), pytest.param("vit_l_32", 224, marks=pytest.mark.long)])
+    ("resnet18", 64), ("densenet121", 64), ("mnasnet0_5", 64), ("googlenet", 64),
+    *(pytest.param(name, 224, marks=pytest.mark.long) for name in ("vgg19_bn", "vit_b_32", "vit_l_32"))])
 def test_files_of_older_versions_are_read_as_torchvision_reads_them(name, size, torch_home):
     """torchvision never wrote its files anew: batch norm of 2017 counts no batches, ViT's MLPs have layers linear_1 and
     linear_2 (pytorch/vision 6053), DenseNet's have norm.1 and conv.1, GoogLeNet has side outputs, MNASNet needs its version."""
@@ -196,6 +196,7 @@ def test_weights_of_another_kind_are_never_random_instead(tmp_path):
     assert "a checkpoint of vgg11_bn, not of resnet18" in refusal("resnet18", 21, file)
 
 
+@pytest.mark.long
 def test_unfinished_pretraining_is_not_used(tmp_path, run, demo):
     folder = tmp_path / "pretrain" / "resnet18" / "cd"
     save_checkpoint(folder / "best.pt", models.build_model("resnet18", 11), "resnet18", list("abcdefghijk"))

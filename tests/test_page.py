@@ -410,6 +410,7 @@ def test_mistakes_get_one_line(page, arguments, message):
     assert message in str(found.value) and "\n" not in str(found.value)
 
 
+@pytest.mark.long
 def test_as_a_script(page, run, tmp_path):
     """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is nothing."""
     done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path, "--gallery", 5)

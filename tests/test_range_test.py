@@ -339,6 +339,7 @@ def test_what_is_kept_of_it(measured):
     assert abs((line - curve[0]) / np.ptp(curve) - expected) < 0.02
 
 
+@pytest.mark.long
 def test_it_is_done_once_on_fold_0_whichever_fold_comes_first(measured, pictures, tmp_path):
     """Fold 1 first: fold 0 measures nothing anew, and a runs folder where fold 0 came first has the same curve and rate."""
     names = ("measured.json", "lr_range.csv", "lr_range.png")
@@ -351,6 +352,7 @@ def test_it_is_done_once_on_fold_0_whichever_fold_comes_first(measured, pictures
     assert same_run(place(tmp_path, 0), place(measured / "now", 0))
 
 
+@pytest.mark.long
 def test_it_sees_the_training_images_of_fold_0_and_no_other(measured, pictures):
     """The curve comes out again from the images that split.csv, read here line by line, marks train in fold 0; not from fold 1's."""
     with open(measured / "then/split.csv", newline="") as file:
@@ -393,6 +395,7 @@ def test_a_run_is_the_same_with_a_range_test_before_it_or_without(measured, pict
         assert same_run(place(tmp_path / runs, 1), place(measured / "then", 1))
 
 
+@pytest.mark.long
 def test_a_loss_that_never_descends_gives_the_default_rate_and_a_warning(tmp_path, capsys):
     """Black pictures of two classes: there is nothing to learn. The warning is in measured.json and on stderr, for each fold."""
     for label in "AB":

@@ -91,6 +91,7 @@ def gone(pids):
     return not any(file.exists() and file.read_bytes() for file in files)
 
 
+@pytest.mark.long
 def test_batch_that_the_ranks_cannot_share_is_refused(cells, tmp_path):
     status, output = Run(2, cells, tmp_path, *SMALL, "--batch-size", 7).end()
     assert status != 0 and "exitcode  : 2" in output, output

@@ -156,7 +156,7 @@ def test_pcams_validation_and_test_patches_would_change_its_mean(demo, passes):
 
 def test_class_folders_called_train_valid_and_test_all_count(tmp_path):
     """Only PCam's patches are told apart by these words."""
-    for label, level in (("train", 0), ("valid", 102), ("test", 204)):
+    for label, level in (("train", 0), ("valid", 102), ("test", 204), ("LYT", 102)):  # (all four parts would be no classes)
         grey_set(tmp_path / "mine" / label, [level, level])
     info = check(tmp_path / "mine", tmp_path / "runs")
     assert found(info)[0] == pytest.approx([0.4] * 3, abs=1e-12)
@@ -230,6 +230,7 @@ def test_two_parts_pooled_give_the_whole(demo, passes, tmp_path):
     assert np.abs(found(passes["bm"][0]) - [mean, np.sqrt(square - mean**2)]).max() < 1e-12
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     """By tracemalloc at its peak, 1,024 images more cost less than 1 KB each, the digest that finds duplicates.
 
@@ -417,6 +418,7 @@ def train_here(monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.long
 def test_fine_tuning_normalises_with_the_full_data_set_in_every_fold_and_pretraining_with_its_own(demo, numpys, tmp_path, train_here):
     """best.pt's mean and std are those of the pass. The network was trained on them: a corner that rotation uncovers is
     (0 - mean) / std. And tested on them: torchvision's resize, ToTensor and Normalize give the probabilities of predictions.csv.
