@@ -19,8 +19,8 @@ while [ $# -gt 0 ]; do
   case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
     --demo) DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
-            JOBS_PER_GPU=${JOBS_PER_GPU:-$(( $(nproc) < 4 ? $(nproc) : 4 ))} device=${device:-cpu} epochs=6 demo=yes
-            rest=(--epochs 6 --image-size 32 --amp off --memory-format contiguous --workers 0 "${rest[@]}") ;;
+            JOBS_PER_GPU=${JOBS_PER_GPU:-$(( $(nproc) < 4 ? $(nproc) : 4 ))} device=${device:-cpu} epochs=5 demo=yes
+            rest=(--epochs 5 --image-size 32 --amp off --memory-format contiguous --workers 0 "${rest[@]}") ;;
     --list) mode=list ;;
     --task) mode=task task=${2:-}; shift ;;
     --device) device=${2:-}; shift ;;
