@@ -73,6 +73,7 @@ def test_one_step_and_one_prediction(name):
     gc.collect()
 
 
+@pytest.mark.long
 def test_vgg_looks_at_the_last_relu_before_the_pooling():
     features = models.build_model("vgg19_bn", 2).features
     last = max(i for i, layer in enumerate(features) if isinstance(layer, torch.nn.ReLU))

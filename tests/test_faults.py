@@ -277,7 +277,8 @@ def test_a_run_is_the_same_from_a_fresh_interpreter(run, cells, undisturbed, tmp
     assert_same(tmp_path, undisturbed())
 
 
-@pytest.mark.parametrize("model", [pytest.param("squeezenet1_1", marks=pytest.mark.long), "shufflenet_v2_x0_5"])  # dropout; batch norm
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["squeezenet1_1", "shufflenet_v2_x0_5"])  # dropout; batch norm
 def test_killed_in_epochs_validation_and_prediction(starter, cells, undisturbed, tmp_path, model):
     """SIGKILL in the middle of a training step, in validation, and while both predictions are being made."""
     reference = undisturbed(model=model)
