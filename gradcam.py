@@ -362,7 +362,7 @@ def predict(nets, cells, rows, ratio, device, batch_size, maps):
                 heats = np.mean([heatmaps(net, images, labels) for net, images in batches], 0)
                 for index, (_, picture), heat in zip(some, read, heats):
                     with datasets.whole(maps / f"{cells.paths[index]}.png") as handle:
-                        image.imsave(handle, np.hstack([picture, overlay(picture, heat)]), format="png")
+                        image.imsave(handle, np.hstack([picture, overlay(picture, heat)]), format="png", pil_kwargs={"compress_level": 1})
             bar.update(len(some))
     return np.concatenate(out)
 
