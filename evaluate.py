@@ -197,7 +197,8 @@ def read_study(runs):
             continue
         truth[one.ids] = one.labels
         tested[one.ids] = True
-        unread.update(index[row[0]] for row in config.get("left_out") or () if isinstance(row, list) and row[0] in index)
+        with contextlib.suppress(TypeError, ValueError):    # a damaged list tells nothing
+            unread.update(index[path] for path, _ in config.get("left_out") or () if path in index)
         for key in set(SETTINGS) & set(config):
             settings.setdefault(key, {}).setdefault(run, set()).add(str(config[key]))
         counts = np.bincount(one.labels * len(classes) + one.predictions, minlength=len(classes) ** 2)

@@ -777,7 +777,7 @@ def main():
     settings = options(args, parser)
     weights, status = initial_weights(runs, args.model, args.init, args.weights), 0
     cells, info = open_checked(args.data, runs)
-    before = pathlib.Path(weights or "").with_name("config.json") if weights and os.path.isabs(weights) else None
+    before = pathlib.Path(weights).with_name("config.json") if weights and os.path.isabs(weights) else None
     if before and before.exists() and datasets.read_json(before).get("data") == info["fingerprint"]:
         raise SystemExit(f"{weights}: was trained on the very images of {cells.root}, those to be tested among them; start from other weights")
     cells, parts = from_rank_0(lambda: open_split(runs / "split.csv", cells, {path for path, _ in info["unreadable"]}))

@@ -333,7 +333,7 @@ def test_images_that_cant_be_read_are_no_images_of_the_data_set(runs):
     assert {row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")} == COUNTS
 
 
-@pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", '{"train_images": "many"}', '{"train_images": null}', '{"left_out": [1, [2], null]}', "\xff"])
+@pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", '{"train_images": "many"}', '{"train_images": null}', '{"left_out": [1, [2], null]}', '{"left_out": 5}', '{"left_out": [[[1], "why"]]}', "\xff"])
 def test_a_damaged_config_is_no_traceback(runs, config):
     (runs / "split.csv").unlink()
     file_of(runs).with_name("config.json").write_bytes(config.encode("latin-1"))
