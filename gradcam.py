@@ -190,7 +190,7 @@ def draw_classes(runs, model, init, data, labels, paths, count, device, batch_si
     unknown = [label for label in labels if label not in classes] + [path for path in paths if path not in chosen]
     if unknown:
         raise SystemExit(f"{unknown[0]}: no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         root = json.loads((cells[0]["fold"] / "config.json").read_bytes()).get("root", "")
         data = data or (root if os.path.isdir(root) else None)
     figures = {}

@@ -34,7 +34,7 @@ def check_name(name, image_size=None, weights=None):
     patch = int(name.rsplit("_", 1)[1]) if name.startswith("vit_") else 224 if name == "maxvit_t" else 1
     least = 75 if name in ("alexnet", "inception_v3") else 32
     if image_size is not None and (image_size < least or image_size % patch):
-        raise ValueError(f"{name}: image size {image_size} can't be; a multiple of {patch}, at least {least} pixels")
+        raise ValueError(f"{name}: image size {image_size} can't be; at least {least} pixels{f', a multiple of {patch}' * (patch > 1)}")
     if weights is not None:
         find_weights(name, weights)
 

@@ -430,7 +430,7 @@ images may carry a wrong label. Made on {{ date }} from the folder {{ runs }}.</
 <li>Shown in detail: {{ shown|run }}. Its probabilities are {{ percent(calibration[0].ece) }} off on average as trained
 {%- if calibration|length > 2 %}, {{ percent(calibration[-1].ece) }} prior-corrected and with a temperature{% endif %}.</li>
 {% if rare %}<li>No class has the {{ enough }} images from which on labels are flagged.</li>{% else %}
-<li>{{ flagged }} of {{ tested }} labels are flagged for a second look: by a network that is right on {{ percent(best.accuracy_mean, 0) }} of the
+<li>{{ flagged }} of {{ tested }} labels are flagged for a second look: by a network that is right on {{ percent(right, 0) }} of the
 images, so the weaker it is, the more of them are its own errors.</li>{% endif %}</ul>
 <nav aria-label="Sections">{% for name in ("Progress", "Networks", "Classes", "Clinic", "Calibration", "Training", "Heatmaps",
   "Labels") %}<a href="#{{ name|lower }}">{{ name }}</a>{% endfor %}</nav>{% endif %}</header>
@@ -713,7 +713,9 @@ def of_labels(study, files, runs, results, data, number):
     roots = [data, *sorted(data.glob("*/")), *sorted(data.glob("*/*/")), pathlib.Path(config.get("root") or data)]
     cells = [row | {"source": next(filter(None, (small_jpeg(root / row["path"], 150) for root in roots)), None)}
              for row in rows[:number]]
-    return {"doubt": "; ".join(title(*run) for run in runs), "doubts": f"{len(rows):,}", "enough": ENOUGH, "rare": bool((study.images < ENOUGH).all()), "cells": cells,
+    right = np.mean([np.trace(fold.confusion) / fold.confusion.sum() for run in runs for fold in study.runs[run].values()])
+    return {"doubt": "; ".join(title(*run) for run in runs), "doubts": f"{len(rows):,}", "enough": ENOUGH, "right": right,
+            "rare": bool((study.images < ENOUGH).all()), "cells": cells,
             "flagged": sum(row["flagged"] == "yes" for row in rows), "left_out": config.get("left_out") or []}
 
 
