@@ -144,7 +144,7 @@ start_job() {  # name gpu command...: in the background, its output in its log; 
   else CUDA_VISIBLE_DEVICES=$gpu "$python" "$@" >> "$logs/$name.log" 2>&1 & fi
 }
 
-declare -A job_of slot_of gpu_of begun
+declare -A job_of=() slot_of=() gpu_of=() begun=()  # =(): bash's set -u takes a merely declared one for unbound
 stopped() {  # Ctrl-C, SIGTERM: pass it on and wait, so that each job ends with its checkpoint whole
   trap '' INT TERM
   echo "run_all.sh: stopped; the same command goes on" >&2
@@ -225,7 +225,7 @@ is_skipped() {  # name of a job: does it need what is missing?
 
 # ---------------------------------------------------------------- the night
 refresh() { "$python" evaluate.py --runs "$RUNS"; "$python" report.py --runs "$RUNS" --data "$DATA/bm"; }
-declare -A tries quick ended
+declare -A tries=() quick=() ended=()
 refreshing="" worked="" total=0
 while :; do
   list=$(jobs_list) next="" ours=" ${job_of[*]} " n_done=0 n_left=0 elsewhere="" seconds=0

@@ -532,8 +532,10 @@ def finished(folder, same):
 def versions():
     """Versions of the packages that results depend on, and the git commit if there is one."""
     here = pathlib.Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True,
-                            check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True,
+                                check=False).stdout.strip()
     names = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "torch-lr-finder")
     found = {}
     for name in names:
