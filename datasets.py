@@ -265,7 +265,7 @@ def crop_coco(folder, coco):
         return state.get("digest") == digest and not any(find_image(folder, *miss) for miss in state["missing"])
     if finished():  # before the lock, which a folder that is read only has no place for
         return done.parent, read_json(done)["notes"]
-    with alone(folder / ".crops.lock"):
+    with file_lock(folder / ".crops.lock"):
         if finished():
             return done.parent, read_json(done)["notes"]
         try:
@@ -289,12 +289,12 @@ def crop_coco(folder, coco):
                 if min(crop.shape[:2]) < 2:
                     dropped["outside the image"] += 1
                     continue
-                with whole(part / cell) as handle:
+                with open_atomic(part / cell) as handle:
                     handle.write(cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
         notes = [f"{count} boxes dropped: {why}" for why, count in sorted(dropped.items())]
         if missing:
             notes.append(f"{len(missing)} images of the JSON files are missing, e.g. {missing[0][1]}: their boxes are left out")
-        with whole(part / ".done.json", "w") as handle:
+        with open_atomic(part / ".done.json", "w") as handle:
             json.dump({"digest": digest, "missing": missing, "notes": notes}, handle)
         if done.parent.exists():
             old = folder / f".crops.old.{os.getpid()}"
@@ -504,7 +504,7 @@ def quiet_worker(_):
 
 # ---------------------------------------------------------------- statistics and integrity
 @contextlib.contextmanager
-def alone(file):
+def file_lock(file):
     """Wait for an exclusive lock on file (created, never removed), so that two processes don't make the same thing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
@@ -513,7 +513,7 @@ def alone(file):
 
 
 @contextlib.contextmanager
-def whole(file, mode="wb"):
+def open_atomic(file, mode="wb"):
     """Open a file to write so that it appears whole or not at all: written beside, flushed, renamed."""
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -577,7 +577,7 @@ def check_dataset(cells, runs="runs", workers=None):
     same on any machine, in constant memory.
     """
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
-    with alone(file.with_suffix(".lock")):
+    with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
         if info.get("fingerprint") == stamp and {"mean", "std", "counts", "sizes", "unreadable", "duplicates", "notes"} <= set(info):
             return info
@@ -610,7 +610,7 @@ def check_dataset(cells, runs="runs", workers=None):
                 "unreadable": unreadable, "notes": cells.notes + [FLAT] * bool(flat.any()),
                 "duplicates": [[str(cells.paths[i]) for i in group] for group in groups],
                 "across_classes": sum(len(set(cells.targets[group])) > 1 for group in groups)}
-        with whole(file, "w") as handle:
+        with open_atomic(file, "w") as handle:
             json.dump(info, handle, indent=1)
     return info
 

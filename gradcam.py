@@ -172,7 +172,7 @@ def draw_figure(file, title, classes, right, wrong):
                 axis.imshow(overlay(cell["picture"], heat))
                 axis.set_title(f"{'predicted' if label == cell['prediction'] else 'true'}: {label}, {p:.1%}"
                                + ("" if heat.any() else "\n(the map is empty)"), fontsize=8)
-    with datasets.whole(file) as handle, warnings.catch_warnings():
+    with datasets.open_atomic(file) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that the font lacks
         figure.savefig(handle, format="png")
 
@@ -361,7 +361,7 @@ def predict(nets, cells, rows, ratio, device, batch_size, maps):
                 labels = correct(p, ratio).argmax(1)
                 heats = np.mean([heatmaps(net, images, labels) for net, images in batches], 0)
                 for index, (_, picture), heat in zip(some, read, heats):
-                    with datasets.whole(maps / f"{cells.paths[index]}.png") as handle:
+                    with datasets.open_atomic(maps / f"{cells.paths[index]}.png") as handle:
                         image.imsave(handle, np.hstack([picture, overlay(picture, heat)]), format="png", pil_kwargs={"compress_level": 1})
             bar.update(len(some))
     return np.concatenate(out)
@@ -380,7 +380,7 @@ def differential(smears, predicted, classes):
 
 def write_csv(file, rows):
     """Write rows, header first, as a CSV file, whole or not at all."""
-    with datasets.whole(file, "w") as handle:
+    with datasets.open_atomic(file, "w") as handle:
         csv.writer(handle).writerows(rows)
 
 
@@ -404,7 +404,7 @@ def write_scores(out, classes, truth, p, ratio, prior):
         if value:
             colour = "white" if value > 55 else "black"
             axis.text(column, row, value, ha="center", va="center", fontsize=8, color=colour)
-    with datasets.whole(out / "confusion.png") as handle:
+    with datasets.open_atomic(out / "confusion.png") as handle:
         figure.savefig(handle, format="png")
 
 

@@ -52,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(train.guarded(main))
+    sys.exit(train.run_main(main))

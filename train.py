@@ -175,7 +175,7 @@ def predict_batches(net, batches, count, mean, std, device, amp):
 def write_predictions(file, cells, logits):
     """Write path, label, prediction and every class's probability (softmax of logits [N, C]) as CSV."""
     probabilities = logits.double().softmax(1).numpy()
-    with datasets.whole(file, "w") as handle:
+    with datasets.open_atomic(file, "w") as handle:
         rows = csv.writer(handle)
         rows.writerow(["path", "label", "prediction"] + [f"p_{label}" for label in cells.classes])
         for path, target, p in zip(cells.paths, cells.targets, probabilities):
@@ -321,7 +321,7 @@ def save(folder, last, best):
 def save_whole(file, content):
     """torch.save so that file appears whole or not at all; a full disk raises OSError."""
     try:
-        with datasets.whole(file) as handle:
+        with datasets.open_atomic(file) as handle:
             torch.save(content, handle)
     except RuntimeError as error:  # PyTorch's writer hides the reason
         raise OSError(f"writing failed, disk full? ({str(error).splitlines()[0][:120]})") from None
@@ -329,7 +329,7 @@ def save_whole(file, content):
 
 def tidy(folder, last):
     """log.csv as last.pt has it, and no best file but the one that it names."""
-    with datasets.whole(folder / "log.csv", "w") as handle:
+    with datasets.open_atomic(folder / "log.csv", "w") as handle:
         rows = csv.DictWriter(handle, COLUMNS)
         rows.writeheader()
         rows.writerows(last["history"])
@@ -441,7 +441,7 @@ def measure_formats(net, device, amp, batch_size, image_size):
 def measured(folder, build, train, *, lr, memory_format, device, amp, batch_size, image_size, **options):
     """(rate, memory format) of a model and init: as given, or measured once and read from <folder>/measured.json ever after."""
     file = folder / "measured.json"
-    with datasets.alone(folder / "measured.lock"):
+    with datasets.file_lock(folder / "measured.lock"):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
         found = datasets.read_json(file) if file.exists() else {}
@@ -457,7 +457,7 @@ def measured(folder, build, train, *, lr, memory_format, device, amp, batch_size
             if found["lr"] is None:
                 found.update(lr=RANGE_DEFAULT_LR, warning=f"the loss never descends in the range test: default rate {RANGE_DEFAULT_LR}")
             write_curve(folder, rates, losses, found["lr"])
-        with datasets.whole(file, "w") as handle:
+        with datasets.open_atomic(file, "w") as handle:
             json.dump(found, handle, indent=1)
     if lr == "auto" and "warning" in found:
         print(f"{file}: {found['warning']}", file=sys.stderr)
@@ -469,7 +469,7 @@ def write_curve(folder, rates, losses, lr):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    with datasets.whole(folder / "lr_range.csv", "w") as handle:
+    with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
         csv.writer(handle).writerows([("lr", "smoothed_loss"), *zip(rates, losses)])
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(rates, losses)
@@ -477,7 +477,7 @@ def write_curve(folder, rates, losses, lr):
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)",
              title=f"Range test, {folder.parent.name}, {folder.name}")
     axes.legend()
-    with datasets.whole(folder / "lr_range.png") as handle:
+    with datasets.open_atomic(folder / "lr_range.png") as handle:
         figure.savefig(handle, dpi=150)
     pyplot.close(figure)
 
@@ -598,7 +598,7 @@ def run(folder, measured_folder, cells, info, parts, *, model, init, weights, fo
                 "weights_from": str(file), "root": os.path.abspath(cells.root), "command": sys.argv}
         if rank == 0:
             refuse_others(folder, same)
-            with datasets.whole(folder / "config.json", "w") as handle:
+            with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(same | also, handle, indent=1)
         fit(folder, net, train, val, lr=rate, epochs=epochs, fold=fold, compile=compile, stop_lr=stop_lr, memory_format=layout,
             info={"model": model, "init": init}, **common)
@@ -692,7 +692,7 @@ def open_checked(data, runs):
 
 def open_split(file, cells, unreadable):
     """(cells of the split, their parts: str [N, folds]) by the split at file, which is made with 5 folds if there is none."""
-    with datasets.alone(file.with_name(".split.lock")):
+    with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
             splits.write_splits(file, cells.paths, [cells.classes[t] for t in cells.targets], splits.make_splits(cells.targets))
             print(f"{file}: new stratified split into 5 folds")
@@ -724,7 +724,7 @@ def stop(signum, frame):
     raise SystemExit(stop.status)
 
 
-def guarded(main):
+def run_main(main):
     """Run main so that signals, bad data and failing hardware end in one line, not in a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -794,4 +794,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_main(main))

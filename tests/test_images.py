@@ -195,7 +195,7 @@ def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
         "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu --workers 0 --lr 0.01 --epochs 1").split()])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        assert train.guarded(train.main) == 0
+        assert train.run_main(train.main) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
