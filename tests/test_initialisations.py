@@ -49,7 +49,10 @@ def differing(net, state):
             if key not in own or key not in state or not torch.equal(own[key], state[key])}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name == "vgg11_bn" else name for name in SMALL])
+LARGE = ("vgg11_bn", "vit_b_32")  # files of 350 MB and more
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in SMALL])
 def test_imagenet_is_torchvisions_file_but_for_the_head(name, torch_home):
     options = {"image_size": 64} if name.startswith("vit") else {}
     state = put_imagenet_file(name, **options)
@@ -80,12 +83,40 @@ def test_files_of_older_versions_are_read_as_torchvision_reads_them(name, size, 
     assert not differing(loaded, net.state_dict())
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"vgg11_bn"}))  # its file has 500 MB
+@pytest.mark.parametrize("name", sorted(set(SMALL) - set(LARGE)))
 def test_in_domain_pretraining_hands_on_all_but_the_head(name, tmp_path):
     source = models.build_model(name, 11, None, 64)
     file = save_checkpoint(tmp_path / "best.pt", source, name, list("abcdefghijk"))
     net = models.build_model(name, 11, str(file), 64)  # as many classes, and the head is new all the same
     assert differing(net, source.state_dict()) == {HEADS[name] + ".weight", HEADS[name] + ".bias"}
+
+
+def nested(state):
+    """As PyTorch's ImageNet example saves it: trained in parallel, with more around it."""
+    return {"epoch": 3, "arch": "resnet18", "best_acc1": torch.tensor(0.5), "optimizer": {"param_groups": [{"lr": 0.1}]},
+            "state_dict": {f"module.{key}": value for key, value in state.items()}}
+
+
+@pytest.mark.parametrize("wrap", [
+    pytest.param(dict, id="torchvision's layout"),
+    pytest.param(nested, id="state_dict with module."),
+    pytest.param(lambda state: {"model": state, "epoch": 3}, id="model, as torchvision's own scripts save it"),
+    pytest.param(lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()}, id="compiled")])
+def test_a_state_dict_of_another_program_is_taken_but_for_its_head(wrap, tmp_path):
+    source = torchvision.models.resnet18(num_classes=7)
+    torch.save(wrap(source.state_dict()), tmp_path / "theirs.pth")
+    net = models.build_model("resnet18", 21, str(tmp_path / "theirs.pth"), 64)
+    assert differing(net, source.state_dict()) == {"fc.weight", "fc.bias"} and net.fc.out_features == 21
+
+
+def test_a_state_dict_of_another_network_is_refused(tmp_path):
+    file = tmp_path / "theirs.pth"
+    for name, missing in (("mobilenet_v3_small", "conv1.weight"), ("resnet34", "layer1.2.conv1.weight")):
+        torch.save(torchvision.models.get_model(name).state_dict(), file)
+        message = refusal("resnet18", 21, str(file))
+        assert "not the weights of resnet18" in message and str(file) in message and missing in message
+    torch.save({"epoch": 3, "weights": [1.0]}, file)
+    assert "not the weights of resnet18" in refusal("resnet18", 21, str(file))
 
 
 def test_the_whole_chain_imagenet_then_cd(torch_home):
@@ -120,17 +151,18 @@ def test_random_weights_are_torchvisions_own(torch_home):
     assert differing(net, torchvision.models.regnet_y_400mf().state_dict()) == {"fc.weight", "fc.bias"}
 
 
-def test_position_embeddings_are_interpolated(torch_home):
-    state = put_imagenet_file("vit_b_32")  # made at 224 pixels: a grid of 7 x 7
-    net = models.build_model("vit_b_32", 21, "imagenet", 64)
+def test_position_embeddings_are_interpolated():
+    state = torchvision.models.vit_b_32().state_dict()  # made at 224 pixels: a grid of 7 x 7
+    net = models.build_model("vit_b_32", 21, None, 64)
+    models.load_state(net, dict(state), "a file", "vit_b_32")
     position = "encoder.pos_embedding"
     assert differing(net, state) == {position, "heads.head.weight", "heads.head.bias"}
     ours, theirs = net.state_dict()[position], state[position]
     assert ours.shape == (1, 1 + 2 * 2, 768) and torch.equal(ours[:, 0], theirs[:, 0])  # the class token keeps its own
     grid = theirs[0, 1:].reshape(7, 7, 768)
     torch.testing.assert_close(ours[0, 1:].reshape(2, 2, 768), grid[::6, ::6])  # the corners of the old grid, by hand
-    file = save_checkpoint(torch_home / "best.pt", net, "vit_b_32", ["a", "b"])  # of ours, from 64 pixels to 96
-    larger = models.build_model("vit_b_32", 2, file, 96)
+    larger = models.build_model("vit_b_32", 2, None, 96)
+    models.load_state(larger, net.state_dict(), "a file", "vit_b_32")
     assert larger.state_dict()[position].shape == (1, 10, 768)
     assert larger(torch.zeros(1, 3, 96, 96)).shape == (1, 2)
 
@@ -173,10 +205,11 @@ def test_truncated_and_foreign_imagenet_files_are_refused(torch_home):
         assert url in message and str(file) in message and "damaged" in message
     torch.save(torchvision.models.resnet34().state_dict(), file)
     message = refusal("resnet18", 21, "imagenet")
-    assert url in message and "not the weights of resnet18" in message and "layer1.2" in message
+    assert url in message and "not the weights of resnet18" in message and "layer1.2" in message and len(message) < 700
     state = torchvision.models.resnet18().state_dict()
     torch.save(state | {"layer1.0.conv1.weight": state["layer1.0.conv1.weight"][:32]}, file)
-    assert "layer1.0.conv1.weight is [32, 64, 3, 3], not [64, 64, 3, 3]" in refusal("resnet18", 21, "imagenet")
+    message = refusal("resnet18", 21, "imagenet")
+    assert "layer1.0.conv1.weight" in message and "[32, 64, 3, 3]" in message and "[64, 64, 3, 3]" in message
     file.write_bytes(old.read_bytes())
     models.build_model("resnet18", 21, "imagenet")  # whole, that old layout is read
 
@@ -184,16 +217,35 @@ def test_truncated_and_foreign_imagenet_files_are_refused(torch_home):
 def test_no_network_names_url_and_place(torch_home, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the way out is closed
     monkeypatch.setenv("no_proxy", "")
-    message = refusal("vit_b_32", 21, "imagenet", 64)
-    url, file = models.imagenet_file("vit_b_32")
+    message = refusal("resnet18", 21, "imagenet", 64)
+    url, file = models.imagenet_file("resnet18")
     assert url in message and str(file) in message
     assert not list(torch_home.rglob("*.pth"))  # nothing that looks like weights is left
 
 
+def test_weights_are_fetched_before_the_night(torch_home, monkeypatch, capsys):
+    """python models.py --fetch: what is there is not fetched again; the first download that fails ends it, status 1."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    put_imagenet_file("squeezenet1_1")
+    (url, file), there = models.imagenet_file("resnet18"), models.imagenet_file("squeezenet1_1")[1]
+    for names, status, out in ((["squeezenet1_1"], None, f"{there}\n"), (["squeezenet1_1", "resnet18"], url, f"{there}\n"),
+                               (["squeezenet1_1", "resnet_18"], 2, "")):
+        monkeypatch.setattr("sys.argv", ["models.py", "--fetch", *names])
+        try:
+            code = models.main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        assert captured.out == out and (code == status or code.startswith(f"{status}: cannot be fetched"))
+    assert "do you mean resnet18" in captured.err and not file.exists()
+
+
 def test_weights_of_another_kind_are_never_random_instead(tmp_path):
     assert "no such file" in refusal("resnet18", 21, str(tmp_path / "best.pt")).lower()
-    file = save_checkpoint(tmp_path / "best.pt", models.build_model("vgg11_bn", 3), "vgg11_bn", list("abc"))
-    assert "a checkpoint of vgg11_bn, not of resnet18" in refusal("resnet18", 21, file)
+    small = models.build_model("mobilenet_v3_small", 3)
+    file = save_checkpoint(tmp_path / "best.pt", small, "mobilenet_v3_small", list("abc"))
+    assert "a checkpoint of mobilenet_v3_small, not of resnet18" in refusal("resnet18", 21, file)
 
 
 @pytest.mark.long
