@@ -2,6 +2,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,31 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
     demo_data.make(folder, size="tiny", seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, demo):
+    """Two trained folds of a small network on the demo's bone marrow cells: (runs folder, its data); read only."""
+    import datasets
+    import splits
+    import train
+    runs, cells = tmp_path_factory.mktemp("trained"), datasets.open_dataset(demo / "bm")
+    labels = [cells.classes[target] for target in cells.targets]
+    splits.write_splits(runs / "split.csv", cells.paths, labels, splits.make_splits(cells.targets, folds=2))
+    options = ("--model", "shufflenet_v2_x0_5", "--init", "random", "--data", demo / "bm", "--runs", runs, "--epochs", 2,
+               "--image-size", 64, "--lr", 0.05, "--workers", 0, "--device", "cpu", "--amp", "off")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        train.main()
+    return runs, cells
+
+
+@pytest.fixture(autouse=True)
+def sigpipe():
+    """A script's main() lets `| head` end it; pytest itself goes on."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ PRETRAIN = f"pretrain.py --model {MODEL} --init mine --data {{cells}} --runs {{t
 DATASETS, SPLITS = "datasets.py --runs {tmp}/runs --data", "splits.py --data {cells} --out {tmp}/split.csv"
 EVALUATE, REPORT = "evaluate.py --runs {tmp}/runs", "report.py --runs {tmp}/runs --data {cells}"
 FIGURES = f"gradcam.py --model {MODEL} --init random --runs {{tmp}}/runs --data {{cells}} --device cpu --classes A B C"
-JUDGE = "gradcam.py --checkpoint {tmp}/best.pt --images {cells} --out {tmp}/out --device cpu --no-heatmaps"
+JUDGE = "predict.py --checkpoint {tmp}/best.pt --images {cells} --out {tmp}/out --device cpu --no-heatmaps"
+PRIOR = f"predict.py --model {MODEL} --init random --runs {{tmp}}/runs --prior train --device cpu"
 FOLD = f"train/{MODEL}/random/fold0"
 PREDICTIONS = f"{FOLD}/predictions.csv"
 START = TRAIN + " --init mine={tmp}/best.pt"
@@ -185,9 +186,14 @@ ARGUMENTS = [
     case("datasets without a folder", "datasets.py --data", 2, "--data|expected at least one argument"),
     case("evaluate, unknown option", EVALUATE + " --model resnet18", 2, "unrecognized arguments: --model"),
     case("gallery below 0", REPORT + " --gallery -1", 2, "--gallery|0 or more", copied("runs")),
-    case("gradcam without anything", "gradcam.py", 2, "--model, --init and --classes|--checkpoint, --images and --out"),
-    case("gradcam, unknown device", JUDGE + " --device cpu:x", 2, "--device cpu:x|use cpu"),
-    case("gradcam, batch of 0", JUDGE + " --batch-size 0", 2, "--batch-size|at least 1"),
+    case("gradcam, model without init", "gradcam.py --model resnet18", 2, "--model and --init go together"),
+    case("gradcam, unknown device", FIGURES + " --device cpu:x", 2, "--device cpu:x|use cpu"),
+    case("gradcam, no cell", FIGURES + " --count 0", 2, "--count 0|at least 1"),
+    case("predict without anything", "predict.py", 2, "--checkpoint, --images and --out|--model, --init and --prior"),
+    case("predict, unknown device", JUDGE + " --device gpu", 2, "--device gpu|use cpu"),
+    case("predict, batch of 0", JUDGE + " --batch-size 0", 2, "--batch-size|at least 1"),
+    case("fetch an unknown model", "models.py --fetch resnet_50", 2, "resnet_50: no classification model|resnet50"),
+    case("fetch unknown weights", "models.py --fetch resnet18 --weights V9", 2, "V9|torchvision has IMAGENET1K_V1"),
 ]
 DATA = [
     case("no bm", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: no such folder|TCIA|unpack it there|run_all.sh --demo"),
@@ -227,7 +233,7 @@ DATA = [
     case("report's results is a file", REPORT, 1, "{tmp}/runs/results/|can't be written|File exists",
          both(copied("runs"), put("runs/results", ""))),
     case("gradcam's results is a file", FIGURES, 1, "{tmp}/runs/results: File exists", both(copied("runs"), put("runs/results", ""))),
-    case("gradcam's out is a file", JUDGE + " --out {tmp}/o", 1, "{tmp}/o: File exists", both(saved(dict), put("o", ""))),
+    case("predict's out is a file", JUDGE + " --out {tmp}/o", 1, "{tmp}/o: File exists", both(saved(dict), put("o", ""))),
     case("COCO file cut short", DATASETS + " {tmp}/cd", 1, "{tmp}/cd/train.json: not valid JSON|fetch it again",
          copied("cd", "train.json", half)),
     case("COCO images without names", DATASETS + " {tmp}/cd", 1, "{tmp}/cd/train.json|'file_name'", copied("cd", "train.json", no_name)),
@@ -248,9 +254,8 @@ DATA = [
 CHECKPOINTS = [
     case("init's file is missing", TRAIN + " --init mine={tmp}/none.pt", 1, "{tmp}/none.pt|no file|best.pt"),
     case("init's path is empty", TRAIN + " --init mine=", 1, "--init mine=|no file|best.pt"),
-    case("another program's", START, 1, "{tmp}/best.pt: no checkpoint of ours|lacks state_dict",
+    case("another program's", START, 1, "{tmp}/best.pt: not the weights of|Missing key(s)|name a best.pt",
          saved(lambda best: {"epoch": 3, "model_state": best["state_dict"]})),
-    case("bare weights", START, 1, "{tmp}/best.pt: no checkpoint of ours", saved(lambda best: best["state_dict"])),
     case("pickled code", START, 1, "{tmp}/best.pt: holds more than tensors|nothing of it was run",
          saved(lambda best: best | {"net": torch.nn.Linear(1, 1)})),
     case("cut short", START, 1, "{tmp}/best.pt: damaged or cut short",
@@ -259,7 +264,7 @@ CHECKPOINTS = [
          lambda folder, kit: put("best.pt", (kit.runs / FOLD / "best.pt").read_bytes()[:4096])(folder, kit)),
     case("of another model", START + " --model resnet18", 1, f"{{tmp}}/best.pt: a checkpoint of {MODEL}, not of resnet18",
          saved(dict)),
-    case("with a tensor missing", START, 1, "{tmp}/best.pt: not the weights|conv1.0.weight is missing",
+    case("with a tensor missing", START, 1, "{tmp}/best.pt: not the weights|Missing key(s)|conv1.0.weight",
          saved(lambda best: best | {"state_dict": {k: v for k, v in best["state_dict"].items() if k != "conv1.0.weight"}})),
     case("pre-training not begun", TRAIN + " --init cd", 1, f"no finished pre-training|pretrain.py --model {MODEL} --init cd"),
     case("pre-training not finished", TRAIN + " --init cd", 1, f"{{tmp}}/runs/pretrain/{MODEL}/cd: no finished pre-training", begun),
@@ -267,14 +272,13 @@ CHECKPOINTS = [
     case("last.pt of another program", TRAIN, 1, f"{FOLD}/last.pt: cannot go on|KeyError: 'net'|start anew",
          both(copied("runs", PREDICTIONS), saved(dict, f"runs/{FOLD}/last.pt"))),
     case("config.json cut short", TRAIN, 1, f"{FOLD}/config.json: damaged|remove it", to_go_on("config.json", '{"model": "shuff')),
-    case("gradcam, missing", JUDGE, 1, "{tmp}/best.pt: No such file|best.pt that train.py"),
-    case("gradcam, another program's", JUDGE, 1, "{tmp}/best.pt: no checkpoint of ours",
+    case("predict, missing", JUDGE, 1, "{tmp}/best.pt: No such file|best.pt that train.py"),
+    case("predict, another program's", JUDGE, 1, "{tmp}/best.pt: no checkpoint of ours",
          saved(lambda best: {"weights": best["state_dict"]})),
-    case("gradcam, pickled code", JUDGE, 1, "{tmp}/best.pt: holds more than tensors", saved(lambda best: torch.nn.Linear(1, 1))),
-    case("gradcam, of other classes", JUDGE, 1, "{tmp}/best.pt|2 classes, 3 units", saved(lambda best: best | {"classes": ["A", "B"]})),
-    case("gradcam, without a mean", JUDGE, 1, "{tmp}/best.pt: no checkpoint of ours", saved(lambda best: best | {"mean": None})),
+    case("predict, pickled code", JUDGE, 1, "{tmp}/best.pt: holds more than tensors", saved(lambda best: torch.nn.Linear(1, 1))),
+    case("predict, of other classes", JUDGE, 1, "{tmp}/best.pt|size mismatch", saved(lambda best: best | {"classes": ["A", "B"]})),
     case("gradcam, best.pt of a fold gone", FIGURES, 1, f"{{tmp}}/runs/{FOLD}/best.pt: No such file", copied("runs", f"{FOLD}/best.pt")),
-    case("gradcam, two that don't fit", JUDGE + " --checkpoint {tmp}/best.pt {tmp}/other.pt", 1, "{tmp}/other.pt: another classes",
+    case("predict, two that don't fit", JUDGE + " --checkpoint {tmp}/best.pt {tmp}/other.pt", 1, "{tmp}/other.pt: another classes",
          both(saved(dict), saved(lambda best: best | {"classes": ["X", "Y", "Z"]}, "other.pt"))),
 ]
 TABLES = [
@@ -302,12 +306,16 @@ TABLES = [
          both(copied("runs"), put("p.csv", "a,b\n1,2\n"))),
     case("report, pairs empty", REPORT + " --pairs {tmp}/p.csv", 1, "{tmp}/p.csv: no CSV with columns label,accepted",
          both(copied("runs"), put("p.csv", ""))),
+    case("prior of no run", PRIOR, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
+    case("gradcam, no run at all", "gradcam.py --runs {tmp}/runs", 1, "{tmp}/runs: 0 runs with finished folds|evaluate.py"),
     case("gradcam, no run", FIGURES, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
-    case("gradcam, cut short", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|cut short|train it again",
+    case("gradcam, cut short", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|invalid predictions|train that fold again",
          copied("runs", PREDICTIONS, half)),
-    case("gradcam, empty", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|path,label,prediction",
+    case("gradcam, empty", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|invalid predictions",
          copied("runs", PREDICTIONS, lambda content: b"")),
-    case("gradcam, prior with a class of none", FIGURES + " --prior train", 1, f"{{tmp}}/runs/{PREDICTIONS}|another class",
+    case("gradcam, a class of none", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|another class",
+         copied("runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1))),
+    case("prior of a run with a class of none", PRIOR, 1, f"{{tmp}}/runs/{PREDICTIONS}|'Z'",
          copied("runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1))),
     case("gradcam, unknown class", FIGURES + " --classes FGC", 1, "FGC: no class (A, B, C)", copied("runs")),
     case("gradcam, unknown image", FIGURES + " --paths A/99.png", 1, "A/99.png|no tested image (e.g. A/", copied("runs")),
@@ -315,7 +323,7 @@ TABLES = [
          both(saved(dict), put("m.csv", "x,FGC\n"))),
     case("map of one column", JUDGE + " --map {tmp}/m.csv", 1, "{tmp}/m.csv|two columns", both(saved(dict), put("m.csv", "A\nB\n"))),
     case("map is missing", JUDGE + " --map {tmp}/m.csv", 1, "{tmp}/m.csv|No such file", saved(dict)),
-    case("prior without a class", JUDGE + " --prior {tmp}/p.csv", 1, "{tmp}/p.csv|A, B, C|none for C",
+    case("prior without a class", JUDGE + " --prior {tmp}/p.csv", 1, "{tmp}/p.csv|A, B, C|'C'",
          both(saved(dict), put("p.csv", "A,1\nB,2\n"))),
     case("prior below 0", JUDGE + " --prior {tmp}/p.csv", 1, "{tmp}/p.csv|at least 0", both(saved(dict), put("p.csv", "A,1\nB,2\nC,-1\n"))),
     case("prior in words", JUDGE + " --prior {tmp}/p.csv", 1, "{tmp}/p.csv|'rare'", both(saved(dict), put("p.csv", "A,1\nB,2\nC,rare\n"))),
@@ -347,7 +355,7 @@ def arguments(folder, kit, command):
 def called(folder, kit, command):
     """(exit status, what Python prints at the end) of a script's `if __name__` part, run in this process."""
     script, *rest = arguments(folder, kit, command)
-    handlers, timeout = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, socket.getdefaulttimeout()
+    handlers, timeout = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}, socket.getdefaulttimeout()
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(ROOT / script), *rest])

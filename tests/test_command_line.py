@@ -54,8 +54,7 @@ def study(demo, tmp_path_factory):
     runs = tmp_path_factory.mktemp("study") / "runs"
     done = {"train.py": start(*training(demo, runs))}
     done["evaluate.py"] = start("evaluate.py", "--runs", runs, "--compare", ROOT / "paper/table4.csv")
-    done["gradcam.py"] = start("gradcam.py", "--model", MODEL, "--init", "random", "--classes", "NGS", "FGC", "--runs", runs,
-                               "--data", demo / "bm", "--device", "cpu")
+    done["gradcam.py"] = start("gradcam.py", "--runs", runs, "--data", demo / "bm", "--device", "cpu")
     done["report.py"] = start("report.py", "--runs", runs, "--data", demo / "bm")
     return runs, done
 
@@ -182,9 +181,9 @@ def test_evaluate_prints_the_papers_table_beside_ours(study):
 
 def test_pictures_and_page_are_there(study):
     runs, done = study
-    for name in (f"confusion_{MODEL}_random.png", f"gradcam_{MODEL}_random_NGS.png", f"gradcam_{MODEL}_random_FGC.png"):
+    for name in (f"confusion_{MODEL}_random.png", f"gradcam_{MODEL}_random_BAS.png", f"gradcam_{MODEL}_random_FGC.png"):
         assert min(cv2.imread(str(runs / "results" / name)).shape[:2]) > 300, name
-    assert str(runs / f"results/gradcam_{MODEL}_random_NGS.png") in done["gradcam.py"].stdout
+    assert str(runs / f"results/gradcam_{MODEL}_random_BAS.png") in done["gradcam.py"].stdout
     page = (runs / "results/index.html").read_text(encoding="utf-8")
     assert done["report.py"].stdout.startswith(f"{runs}/results/index.html: ") and page.rstrip().endswith("</html>")
     assert page.count(f"gradcam_{MODEL}_random_") >= 2 and MODEL in page

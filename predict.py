@@ -1,0 +1,299 @@
+"""Predictions and heatmaps for new images, and a study's own tables under another prior.
+
+    python predict.py --checkpoint runs/train/vit_l_32/cd/fold*/best.pt --images FOLDER --out FOLDER
+    python predict.py --model vit_l_32 --init cd --prior train    # Tables 4 and 5 as trained and corrected
+
+An image shows one cell, cut out as the training images were. Several networks are averaged. --out gets
+predictions.csv, heatmaps/, left_out.csv (images not read or not scored), differential.csv (counts in each
+folder with Wilson's 95% intervals: the chance of meeting just these cells, not the network's errors) and,
+where folders are named as the classes or --map says which is which, the tables of evaluate.py, without images
+that a checkpoint was trained or chosen on (its fold's training and validation part, not a pre-training's).
+"""
+import argparse
+import collections
+import concurrent.futures
+import csv
+import functools
+import hashlib
+import os
+import pathlib
+import signal
+
+import numpy as np
+import torch
+from matplotlib import image
+from tqdm import tqdm
+
+import datasets
+import evaluate
+import gradcam
+import models
+
+THREADS = 4  # that decode images
+
+
+# ---------------------------------------------------------------- priors and scores
+def read_pairs(file):
+    """A CSV file of two columns, of which a header folder,class is left out, as a dict of str."""
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(handle) if row]
+        return {row[0]: row[1] for row in rows if row[:2] != ["folder", "class"]}
+    except (OSError, IndexError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SystemExit(f"{file}: no CSV file of two columns ({why})") from None
+
+
+def prior_ratio(prior, classes, counts):
+    """pi/q, float [C]: wanted class frequencies over those of training, where all classes came equally often.
+
+    prior: 'uniform' (as trained), 'train' (as frequent as in counts, int [C]) or a CSV of class,frequency.
+    """
+    if prior == "uniform":
+        return np.ones(len(classes))
+    given = dict(zip(classes, counts)) if prior == "train" else read_pairs(prior)
+    try:
+        wanted = np.array([float(given[name]) for name in classes]) * (np.array(counts) > 0)
+        if not (np.isfinite(wanted).all() and wanted.min() >= 0 and wanted.any()):
+            raise ValueError("numbers of at least 0")
+    except (KeyError, ValueError) as error:
+        needed = f"class,frequency for each of {', '.join(classes)}"
+        raise SystemExit(f"{prior}: needs {needed} ({error})") from None
+    return wanted / wanted.sum() * np.count_nonzero(counts)
+
+
+def correct(p, ratio):
+    """Probabilities float [N,C] for another prior: p_c pi_c/q_c, renormalised (Saerens et al. 2002)."""
+    p = np.maximum(p, 1e-300) * ratio
+    return p / p.sum(1, keepdims=True)
+
+
+def make_study(model, classes, folds, ratios, prior):
+    """evaluate's Study of folds [(labels int [N], p float [N,C]), ...]: rows as trained and for the prior."""
+    runs, n = {}, len(classes)
+    for name in dict.fromkeys(("uniform", prior)):
+        for k, ((labels, p), ratio) in enumerate(zip(folds, ratios)):
+            predictions = (p if name == "uniform" else correct(p, ratio)).argmax(1)
+            confusion = np.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
+            run = runs.setdefault((model, f"prior_{pathlib.Path(name).stem}"), {})
+            run[k] = evaluate.Fold(np.arange(len(labels)), labels, predictions, confusion, np.nan)
+    images = np.bincount(np.concatenate([labels for labels, _ in folds]), minlength=n)
+    return evaluate.Study(classes, images, runs, [], [])
+
+
+def print_prior(folder, prior):
+    """Print Tables 4 and 5 of a run's finished folds as trained and for another prior."""
+    folds, ratios = [], []
+    for file in sorted(folder.glob("fold*/predictions.csv")):
+        try:
+            tested = evaluate.read_predictions(file)
+        except ValueError as error:
+            raise SystemExit(f"{error}; train that fold again") from None
+        info = models.read_checkpoint(file.with_name("best.pt"))
+        counts = dict(zip(info["classes"], info["train_counts"]))
+        ratios.append(prior_ratio(prior, tested.classes, [counts.get(name, 0) for name in tested.classes]))
+        folds.append((tested.labels, tested.probabilities))
+    if not folds:
+        raise SystemExit(f"{folder}: no finished fold there; first run train.py")
+    study = make_study(folder.parent.name, tested.classes, folds, ratios, prior)
+    for run in study.runs:
+        print(f"{run[1]}\n{evaluate.table5_text(evaluate.table5_rows(study, *run))}")
+    print(evaluate.table4_text(evaluate.table4_rows(study), dict.fromkeys(study.runs, "")))
+
+
+# ---------------------------------------------------------------- new images
+def find_images(images, out):
+    """(folder, paths of the images below it, [(path, why)] of those not read); a file is a folder of one."""
+    if images.is_file():
+        return images.parent, [images.name], []
+    if images.resolve() == out.resolve():
+        raise SystemExit(f"{out}: the images' own folder; name another one with --out")
+    ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
+    paths = datasets.find_images(images) if images.is_dir() else []
+    return images, [path for path in paths if not path.startswith(ours)], []
+
+
+def load_networks(checkpoints, device):
+    """[(network on the device, info), ...]; SystemExit unless all have the same classes and image size."""
+    nets = [models.load_checkpoint(file) for file in tqdm(checkpoints, desc="networks", disable=None)]
+    for file, (_, info) in zip(checkpoints, nets):
+        for key in ("classes", "image_size"):
+            if info[key] != nets[0][1][key]:
+                raise SystemExit(f"{file}: another {key} than of {checkpoints[0]}; these can't be averaged")
+    return [(net.to(device), info) for net, info in nets]
+
+
+def check_images(cells):
+    """(indices of the readable ones of cells, their contents' digests, [(path, why)] of the others)."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        jobs = pool.map(functools.partial(datasets.inspect, cells), range(len(cells)))
+        checked = list(tqdm(jobs, total=len(cells), desc="checking", unit="image", disable=None))
+    fine = [i for i, (why, *_) in enumerate(checked) if not why]
+    bad = [(path, f"unreadable: {why}") for path, (why, *_) in zip(cells.paths, checked) if why]
+    return fine, [checked[i][1] for i in fine], bad
+
+
+def trained_on(checkpoints, nets, cells, digests):
+    """The paths among cells that a checkpoint was trained or chosen on (its fold's train and val part).
+
+    The split is where train.py leaves it, four folders above best.pt. Images are compared by content if the
+    training images still lie where config.json says, else by class folder and name.
+    """
+    sizes, contents, names = {(cells.root / path).stat().st_size for path in cells.paths}, set(), set()
+    for checkpoint, (_, info) in zip(checkpoints, nets):
+        try:
+            place = pathlib.Path(checkpoint).resolve()
+            root = pathlib.Path(datasets.read_json(place.with_name("config.json"))["root"])
+            paths, _, parts = evaluate.read_split(place.parents[4] / "split.csv")
+            used = np.array(paths)[parts[:, info["fold"]] != "test"].tolist()
+        except (OSError, LookupError, TypeError, ValueError, SystemExit) as error:  # a best.pt that was moved
+            print(f"{checkpoint}: what it was trained on is not known ({error}); it would be scored")
+            continue
+        if not root.is_dir():
+            print(f"{checkpoint}: its images are not in {root}; they are known by folder and name alone")
+        for path in used:
+            if not (root / path).is_file():
+                names.add(path)
+            elif (root / path).stat().st_size in sizes:
+                contents.add(hashlib.sha1((root / path).read_bytes()).digest())
+    ends = [{path.split("/", i)[-1] for i in range(path.count("/"))} for path in cells.paths]
+    found = zip(cells.paths, digests, ends)
+    return sorted(str(path) for path, digest, end in found if digest in contents or end & names)
+
+
+def folder_labels(paths, names):
+    """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that."""
+    found = []
+    for path in paths:
+        folders = path.split("/")[:-1]
+        at = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
+        found.append((names[folders[at]] if at < len(folders) else "", "/".join(folders[:at]) or "."))
+    return found
+
+
+def heatmap_file(folder, path):
+    """folder/<path>.png; the name is cut and gets a digest where it would be too long for a file system."""
+    above, name = os.path.split(path)
+    if len(os.fsencode(name)) > 200:
+        start = os.fsencode(name)[:160].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha1(os.fsencode(name)).hexdigest()[:16]}"
+    return folder / above / f"{name}.png"
+
+
+def predict_images(nets, cells, ratio, device, batch_size, maps):
+    """Probabilities as trained, float [N,C], of cells: the networks' mean.
+
+    Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
+    """
+    size, out = nets[0][1]["image_size"], []
+    progress = tqdm(total=len(cells), desc="predicting", unit="image", disable=None)
+    with progress as bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(cells), batch_size):
+            some = range(start, min(start + batch_size, len(cells)))
+            read = list(pool.map(functools.partial(gradcam.read_cell, cells, size), some))
+            batches = [(net, gradcam.batch_for(info, read, device)) for net, info in nets]
+            with torch.inference_mode():
+                each = [net(batch).double().softmax(1).cpu().numpy() for net, batch in batches]
+            out.append(np.mean(each, 0))
+            if maps is not None:
+                labels = correct(out[-1], ratio).argmax(1)
+                heats = np.mean([gradcam.heatmaps(net, batch, labels) for net, batch in batches], 0)
+                for index, (_, picture), heat in zip(some, read, heats):
+                    both = np.hstack([picture, gradcam.overlay(picture, heat)])
+                    with datasets.open_atomic(heatmap_file(maps, str(cells.paths[index]))) as handle:
+                        image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
+            bar.update(len(some))
+    return np.concatenate(out)
+
+
+def differential(smears, predicted, classes):
+    """Rows smear, class, cells, percent, low, high, of; low and high: Wilson's 95% interval of percent."""
+    rows = [["smear", "class", "cells", "percent", "low", "high", "of"]]
+    counts = collections.Counter(zip(smears, predicted))
+    for smear, total in sorted(collections.Counter(smears).items()):
+        for label in classes:
+            number = counts[smear, label]
+            shares = number / total, *evaluate.wilson(number, total)
+            rows.append([smear, label, number, *(f"{100 * share:.2f}" for share in shares), total])
+    return rows
+
+
+def predict_folder(checkpoints, images, out, mapping, prior, device, batch_size, maps):
+    """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
+    folder, paths, left_out = find_images(images, out)
+    if not paths:
+        raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
+    nets = load_networks(checkpoints, device)
+    classes = nets[0][1]["classes"]
+    ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for _, info in nets], 0))
+    names = {label: label for label in classes} | (read_pairs(mapping) if mapping else {})
+    strange = set(names.values()) - {*classes, ""}
+    if strange:
+        raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
+    cells = datasets.Cells(folder, folder.name, classes, paths, np.zeros(len(paths)))
+    fine, digests, bad = check_images(cells)
+    if not fine:
+        raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(bad[0])}")
+    cells = cells.subset(fine)
+    out.mkdir(parents=True, exist_ok=True)
+    p = predict_images(nets, cells, ratio, device, batch_size, out / "heatmaps" if maps else None)
+    final = correct(p, ratio)
+    predicted = [classes[i] for i in final.argmax(1)]
+    header = ["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]
+    rows = ([path, label, *(f"{value:.7g}" for value in (row.max(), *row))]
+            for path, label, row in zip(cells.paths, predicted, final))
+    evaluate.write_csv(out / "predictions.csv", [header, *rows])
+    labels, smears = zip(*folder_labels(cells.paths, names))
+    evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
+    seen = trained_on(checkpoints, nets, cells, digests)
+    left_out += bad + [(path, "not scored: a checkpoint was trained or chosen on it") for path in seen]
+    evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
+    known = np.isin(labels, classes)
+    scored = known & ~np.isin(cells.paths, seen)
+    for path, why in left_out[:10]:
+        print(f"{path}: {why}")
+    if scored.any():
+        truth = np.array([classes.index(label) for label in np.array(labels)[scored]])
+        study = make_study(nets[0][1]["model"], classes, [(truth, p[scored])], [ratio], prior)
+        print(evaluate.write_tables(study, out)[1])
+    elif known.any():
+        print("no scores: a checkpoint was trained on all these images")
+    else:
+        print(f"no scores: no folder is named as a class ({', '.join(classes)}); see --map")
+    print(f"{out}: {len(cells)} images (prior: {prior}); {len(bad)} unreadable, {len(seen)} not scored, see "
+          "left_out.csv")
+
+
+def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--checkpoint", nargs="+", help="best.pt of one or more networks, which are averaged")
+    parser.add_argument("--images", type=pathlib.Path, help="folder of new images, or one image")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    parser.add_argument("--map", help="CSV: name of an images' folder, class of ours")
+    parser.add_argument("--prior", help="uniform (as trained), train (frequencies there) or a CSV")
+    parser.add_argument("--no-heatmaps", action="store_true")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--batch-size", type=int, default=gradcam.BATCH_SIZE)
+    parser.add_argument("--model", help="a study's own run, with --init and --prior")
+    parser.add_argument("--init")
+    parser.add_argument("--runs", default="runs", type=pathlib.Path)
+    args = parser.parse_args()
+    device = gradcam.find_device(parser, args.device)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: at least 1")
+    try:
+        if args.checkpoint and args.images and args.out and not args.model:
+            predict_folder(args.checkpoint, args.images, args.out, args.map, args.prior or "uniform", device,
+                           args.batch_size, not args.no_heatmaps)
+        elif args.model and args.init and args.prior and not args.checkpoint:
+            print_prior(args.runs / "train" / args.model / args.init, args.prior)
+        else:
+            parser.error("give --checkpoint, --images and --out; or --model, --init and --prior")
+    except OSError as error:
+        place = error.filename or args.out or args.runs
+        raise SystemExit(f"{place}: {error.strerror or error}; see to it, or name another") from None
+
+
+if __name__ == "__main__":
+    main()
