@@ -300,7 +300,7 @@ TABLES = [
     case("report, split of another program", REPORT, 1, "{tmp}/runs/split.csv: is no table of path,label",
          copied("runs", "split.csv", lambda content: b"a,b\n1,2\n")),
     case("report, unknown model", REPORT + " --model alexnet", 1, f"no finished fold of alexnet|{MODEL}/random", copied("runs")),
-    case("report, unknown doubt", REPORT + " --doubt alexnet/cd", 1, f"--doubt alexnet/cd: no finished fold|{MODEL}/random",
+    case("report, unknown doubt", REPORT + " --doubt alexnet/cd", 1, f"no finished fold of alexnet/cd|{MODEL}/random",
          copied("runs")),
     case("report, pairs of another program", REPORT + " --pairs {tmp}/p.csv", 1, "{tmp}/p.csv: no CSV with columns label,accepted|--pairs",
          both(copied("runs"), put("p.csv", "a,b\n1,2\n"))),

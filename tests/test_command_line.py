@@ -272,7 +272,7 @@ def test_a_job_whose_folders_have_blanks_in_their_names(demo, tmp_path):
 @pytest.mark.long
 def test_the_page_needs_evaluate_py_and_no_other_file_of_ours(study, tmp_path):
     """The two files alone in a folder, as they are copied into another project."""
-    for name in ("report.py", "evaluate.py"):
+    for name in ("report.py", "report.html", "evaluate.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, "report.py", "--runs", study[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

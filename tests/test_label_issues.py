@@ -156,11 +156,16 @@ def write_study(folder, simulation, *, model="resnet18", init="random", p=None):
                 out.writerow([f"{i:05d}.jpg", classes[labels[i]], classes[p[i].argmax()], *(f"{value:.9g}" for value in p[i])])
 
 
+def read_tested(runs):
+    """{(model, init): {fold: Predictions}} of all finished runs."""
+    return {run: {k: evaluate.read_predictions(file) for k, file in folds.items()}
+            for run, folds in evaluate.find_runs(runs).items()}
+
+
 def test_rows_from_a_study_on_disk(simulation, tmp_path):
     """label_issues.csv holds exactly the images with another class on top, most doubtful first, flags as in memory."""
     write_study(tmp_path, simulation)
-    study, files = evaluate.read_study(tmp_path), evaluate.find_runs(tmp_path)
-    rows = report.doubtful_rows(study, files, [("resnet18", "random")])
+    rows = report.doubtful_rows(evaluate.read_study(tmp_path), read_tested(tmp_path))
     _, score, flagged = search(simulation)
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert {row["path"] for row in rows if row["flagged"] == "yes"} == {f"{i:05d}.jpg" for i in np.flatnonzero(flagged)}
@@ -176,11 +181,11 @@ def test_two_networks_find_more_than_one(simulation, tmp_path):
     for run in runs:
         noisy = report.posterior(simulation["p"], np.ones(len(COUNTS))) * np.exp(rng.normal(0, 1.5, simulation["p"].shape))
         write_study(tmp_path, simulation, model=run[0], init=run[1], p=noisy / noisy.sum(1, keepdims=True))
-    study, files = evaluate.read_study(tmp_path), evaluate.find_runs(tmp_path)
+    study, tested = evaluate.read_study(tmp_path), read_tested(tmp_path)
 
     def average_precision(chosen):
         score = np.full(len(simulation["labels"]), -1.0)
-        for row in report.doubtful_rows(study, files, chosen):
+        for row in report.doubtful_rows(study, {run: tested[run] for run in chosen}):
             score[int(row["path"][:5])] = row["score"]
         return average_precision_score(simulation["wrong"], score)
     assert average_precision(runs) > max(average_precision([run]) for run in runs) + 0.01
