@@ -109,7 +109,7 @@ def find_images(images, out):
     if images.resolve() == out.resolve():
         raise SystemExit(f"{out}: the images' own folder; name another one with --out")
     ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
-    paths = datasets.find_images(images) if images.is_dir() else []
+    paths = datasets.find_images(images)[0] if images.is_dir() else []
     return images, [path for path in paths if not path.startswith(ours)], []
 
 

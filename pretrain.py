@@ -23,15 +23,12 @@ VALIDATION_PARTS = 5  # one of them validates: 20%
 
 def pretraining_parts(cells, seed=0):
     """Parts, str [N, 1] of 'train' and 'val', of a pre-training's Cells (section 2.4.2); of PCam the test part is ''."""
-    official = np.array([path.split("/")[0] for path in cells.paths])
-    if set(official) <= {"train", "valid", "test"}:
-        return np.select([official == "train", official == "valid"], ["train", "val"], "")[:, None]
-    images = None
-    if cells.root.name == ".crops":
-        images = [re.sub(r"_[^_]*$", "", path.split("/", 1)[1]) for path in cells.paths]  # <class>/<image>_<box id>.png
-        if len(set(images)) < VALIDATION_PARTS:
-            raise SystemExit(f"{cells.root}: cells of {len(set(images))} images only; at least {VALIDATION_PARTS} are needed to split them")
-    tested = splits.make_splits(cells.targets, folds=VALIDATION_PARTS, seed=seed, groups=images)[:, :1] == "test"
+    if cells.parts is not None:
+        return np.where(cells.parts == "test", "", cells.parts)[:, None]
+    if cells.groups is not None and len(set(cells.groups)) < VALIDATION_PARTS:
+        number = len(set(cells.groups))
+        raise SystemExit(f"{cells.root}: cells of {number} images only; at least {VALIDATION_PARTS} are needed to split them")
+    tested = splits.make_splits(cells.targets, folds=VALIDATION_PARTS, seed=seed, groups=cells.groups)[:, :1] == "test"
     return np.where(tested, "val", "train")
 
 

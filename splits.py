@@ -1,29 +1,32 @@
-"""Stratified cross-validation (section 2.4): every image is tested once, a fifth of each class's rest validates.
+"""Stratified cross-validation (section 2.4): every image is tested once, a fifth of the rest validates.
 
-    python splits.py --data data/bm                              # writes runs/split.csv: path,label,fold0,...,fold4
-    python splits.py --data data/own --groups 'patient(\\d+)'     # one part a patient; or by a CSV of path,group
+    python splits.py --data data/bm                             # runs/split.csv: path,label,fold0,...,fold4
+    python splits.py --data data/own --groups 'patient(\\d+)'    # all images of a patient in one part
+    python splits.py --data data/bm --groups runs/groups.csv    # all images that overlap (see overlaps.py)
 
-train.py makes the same file where there is none, and takes the one it finds as it stands, e.g. a published split."""
+train.py makes the first one itself if there is none, and uses the one it finds, e.g. a published split."""
 import argparse
 import csv
+import json
 import os
 import pathlib
 import re
+import signal
 import sys
 
 import numpy as np
 
 
 def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
-    """Split images with class numbers targets (int [N]) into str [N, folds]: "train", "val" or "test" (section 2.4).
+    """Split images of class numbers targets (int [N]) into str [N, folds]: "train", "val" or "test" (2.4).
 
-    Of a class's n images each fold tests n/folds, rounded up or down, and validates with max(1, round(val * rest)) of
-    the rest, or none of a rest of 1. With groups (one id an image) no group is in two parts of a fold, and counts are
-    as even as that allows. ValueError if folds or val make no sense or there are too few groups.
+    Of a class's n images each fold tests n/folds, rounded up or down, and validates with max(1, round(val *
+    rest)) of the rest, or none of a rest of 1. With groups (one id an image) no group is in two parts of a
+    fold, and counts are as even as that allows. ValueError if folds, val or groups allow no such split.
     """
     targets = np.asarray(targets, np.int64)
     if folds < 2 or not 0 < val < 1:
-        raise ValueError(f"{folds} folds, validation share {val}: it takes 2 folds and a share between 0 and 1")
+        raise ValueError(f"{folds} folds, validation share {val}: at least 2 folds, a share between 0 and 1")
     if groups is not None:
         return split_groups(targets, folds, val, seed, groups)
     parts = np.full((len(targets), folds), "train", dtype="<U5")
@@ -33,7 +36,7 @@ def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
         keys = random_keys(seed, label, folds + 1, len(members))
         tested = np.empty(len(members), np.int64)
         tested[np.argsort(keys[0], kind="stable")] = (first + np.arange(len(members))) % folds
-        first += len(members)  # each class is dealt from where the last one ended: remainders don't pile up in fold 0
+        first += len(members)  # deal on where the last class ended: remainders don't pile up in fold 0
         for fold in range(folds):
             rest = np.flatnonzero(tested != fold)
             rest = rest[np.argsort(keys[1 + fold][rest], kind="stable")]
@@ -44,7 +47,7 @@ def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
 
 
 def random_keys(seed, label, rows, columns):
-    """Numbers to sort by, uint64 [rows, columns]: raw bits, which any version of numpy draws alike, unlike shuffles."""
+    """Numbers to sort by, uint64 [rows, columns]: raw bits, which no version of numpy draws otherwise."""
     return np.random.PCG64([int(seed), int(label)]).random_raw(rows * columns).reshape(rows, columns)
 
 
@@ -53,8 +56,8 @@ def split_groups(targets, folds, val, seed, groups):
     names, group = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
     classes, label = np.unique(targets, return_inverse=True)
     if len(names) < max(folds, 3):
-        raise ValueError(f"{len(names)} groups are too few for {folds} folds, {max(folds, 3)} are needed; ask for "
-                         "fewer folds or check what --groups takes out of the paths")
+        why = f"{len(names)} groups are too few for {folds} folds, {max(folds, 3)} are needed"
+        raise ValueError(f"{why}; ask for fewer folds or check what --groups takes out of the paths")
     counts = np.zeros((len(names), len(classes) + 1), np.int64)
     np.add.at(counts, (group, label), 1)
     counts[:, -1] = counts.sum(1)  # the size of a part counts like one more class
@@ -72,7 +75,7 @@ def split_groups(targets, folds, val, seed, groups):
 def deal_groups(counts, shares, keys):
     """Put groups (counts int [groups, classes]) into parts of the given shares, none empty: int [groups].
 
-    The largest first, each where it adds least to the chi-square statistic of the counts against their shares."""
+    The largest first, each where it adds least to the chi-square of the counts against the shares."""
     weights = 2**32 // np.maximum(counts.sum(0), 1)  # integers, since sums of floats differ between machines
     filled, place = np.zeros((len(shares), counts.shape[1]), np.int64), np.empty(len(counts), np.int64)
     for done, group in enumerate(np.lexsort((keys, -counts[:, -1]))):
@@ -86,24 +89,20 @@ def deal_groups(counts, shares, keys):
 
 
 def write_splits(file, paths, labels, parts):
-    """Write a split as CSV (path,label,fold0,...), rows sorted by path; the file appears whole or not at all."""
+    """Write a split as CSV (path,label,fold0,...), sorted by path; the file appears whole or not at all."""
     beside = pathlib.Path(f"{file}.tmp{os.getpid()}")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
-            writer = csv.writer(handle)
-            writer.writerow(["path", "label"] + [f"fold{k}" for k in range(parts.shape[1])])
-            rows = zip(map(str, paths), map(str, labels), parts.tolist())
-            writer.writerows(sorted([path, label, *row] for path, label, row in rows))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    rows = sorted([str(path), str(label), *row] for path, label, row in zip(paths, labels, parts.tolist()))
+    with open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        csv.writer(handle).writerow(["path", "label"] + [f"fold{k}" for k in range(parts.shape[1])])
+        csv.writer(handle).writerows(rows)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, file)
 
 
 def read_table(file, columns):
-    """Header and rows (lists of str) of a CSV whose fields are all filled, the first ones unique; SystemExit if not."""
+    """Header and rows (lists of str) of a CSV whose fields are all filled, the first ones unique."""
     rows = {}
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
@@ -118,7 +117,8 @@ def read_table(file, columns):
     except OSError as error:
         raise SystemExit(f"{file}: cannot be read ({error.strerror}); correct it or name another") from None
     except (ValueError, csv.Error) as error:
-        raise SystemExit(f"{file}, line {reader.line_num}: {error}; correct it or make the file anew") from None
+        where = f"{file}, line {reader.line_num}"
+        raise SystemExit(f"{where}: {error}; correct it or make the file anew") from None
     if len(rows) < 2:
         raise SystemExit(f"{file}: lists no image; make the file anew")
     return rows.pop("path"), list(rows.values())
@@ -131,44 +131,98 @@ def read_splits(file):
         raise SystemExit(f"{file}, line 1: the folds have to be fold0,fold1,..., not {','.join(header[2:])}")
     parts = np.array([row[2:] for row in rows])
     for row, k in np.argwhere(~np.isin(parts, ["train", "val", "test"])):
-        raise SystemExit(f"{file}, row of {rows[row][0]!r}: fold{k} is {str(parts[row, k])!r}, not train, val or test")
+        value = f"fold{k} is {str(parts[row, k])!r}"
+        raise SystemExit(f"{file}, row of {rows[row][0]!r}: {value}, not train, val or test")
     return [row[0] for row in rows], [row[1] for row in rows], parts.astype("<U5")
 
 
-def read_groups(source, paths):
-    """One group id a path: from a CSV of path,group, or what a regular expression (its bracket, if any) finds there."""
-    if os.path.isfile(source):
-        found = {row[0]: row[1] for row in read_table(source, ["path", "group"])[1]}
-        ids = [found.get(path) for path in paths]
-    else:
-        ids = [match and match.group(min(1, match.re.groups)) for match in (re.search(source, p) for p in paths)]
-    if missing := [path for path, name in zip(paths, ids) if not name]:
-        kind = "a file" if os.path.isfile(source) else "no such file, so a regular expression"
-        raise SystemExit(f"--groups {source} ({kind}): no group for {len(missing)} of {len(paths)} images, e.g. {missing[0]!r}")
-    return ids
+def read_groups(sources, paths):
+    """Groups of images, int [N], that no source tears: the connected components of all of them together.
+
+    A source is a CSV of path,group (.csv) or a regular expression that finds the group, its bracket if any.
+    """
+    columns, groups, before = [], np.arange(len(paths)), None
+    for source in sources:
+        if source.lower().endswith(".csv"):
+            found = {row[0]: row[1] for row in read_table(source, ["path", "group"])[1]}
+            names = [found.get(path) for path in paths]
+        else:
+            matches = [re.search(source, path) for path in paths]
+            names = [match and match.group(min(1, match.re.groups)) for match in matches]
+        if missing := [path for path, name in zip(paths, names) if not name]:
+            why = f"no group for {len(missing)} of {len(paths)} images, e.g. {missing[0]!r}"
+            raise SystemExit(f"--groups {source}: {why}; correct it, or name a .csv of path,group")
+        columns.append(np.unique(names, return_inverse=True)[1])
+    while not np.array_equal(groups, before):  # the smallest number spreads through a component
+        before = groups
+        for column in columns:
+            smallest = np.full(column.max() + 1, len(paths))
+            np.minimum.at(smallest, column, groups)
+            groups = smallest[column]
+    return groups
+
+
+def read_twins(runs, name, paths):
+    """What overlaps.py and datasets.py found in runs: {kind: [indices of images that belong together]}."""
+    place, twins = {path: i for i, path in enumerate(paths)}, {}
+    if (runs / "overlaps.csv").exists():
+        with open(runs / "overlaps.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            twins["overlap with"] = [(row["first"], row["second"]) for row in csv.DictReader(handle)]
+    if (runs / "data" / f"{name}.json").exists():
+        twins["are exact copies of"] = json.loads((runs / "data" / f"{name}.json").read_bytes())["duplicates"]
+    return {kind: [[place[path] for path in some if path in place] for some in twins[kind]] for kind in twins}
+
+
+def count_leaks(parts, groups):
+    """How many test images of each fold are in a group (indices of images) with a training image."""
+    leaks = [set() for _ in range(parts.shape[1])]
+    for group in groups:
+        for found, column in zip(leaks, parts[group].T):
+            if "train" in column:
+                found.update(image for image, part in zip(group, column) if part == "test")
+    return [len(found) for found in leaks]
 
 
 def describe(targets, classes, parts):
-    """The split as text: test/val/train images of each class and fold, and which classes can't be everywhere."""
-    scarce, lines = [], ["test/val/train    images" + "".join(f"{f'fold{k}':>20}" for k in range(parts.shape[1]))]
+    """The split as text: test/val/train images of each class and fold, and the classes that lack a part."""
+    lines, scarce = ["test/val/train    images"], []
+    lines[0] += "".join(f"{f'fold{k}':>20}" for k in range(parts.shape[1]))
     for label, name in enumerate(classes):
         rows = parts[targets == label]
-        counts = np.array([(rows == part).sum(0) for part in ("test", "val", "train")]).T.tolist()
-        lines.append(f"{name:16}{len(rows):8}" + "".join(f"{'/'.join(map(str, count)):>20}" for count in counts))
-        if min(map(min, counts)) == 0:
+        counts = np.array([(rows == part).sum(0) for part in ("test", "val", "train")]).T
+        cells = ["/".join(map(str, count)) for count in counts]
+        lines.append(f"{name:16}{len(rows):8}" + "".join(f"{cell:>20}" for cell in cells))
+        if counts.min() == 0:
             scarce.append(f"{name} ({len(rows)})")
-    lines += [f"too few images or groups to be in every part of every fold: {', '.join(scarce)}"] * bool(scarce)
+    if scarce:
+        lines.append(f"too few images or groups to be in every part of every fold: {', '.join(scarce)}")
+    return "\n".join(lines)
+
+
+def describe_leaks(parts, groups, twins):
+    """Groups (one id an image, or None), and how many test images have a twin in training, as text."""
+    lines = []
+    if groups is not None:
+        order, sizes = np.argsort(groups), np.unique(groups, return_counts=True)[1]
+        twins = {"share a group with": np.split(order, np.cumsum(sizes)[:-1])} | twins
+        lines.append(f"{len(sizes):,} groups, the largest of {sizes.max():,} images")
+        if sizes.max() == 1:
+            lines.append("every group is one image: does the regular expression take the image's number?")
+    for kind, found in twins.items():
+        lines.append(f"test images that {kind} a training image, by fold: {count_leaks(parts, found)}")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     parser.add_argument("--out", default="runs/split.csv", help="CSV to write")
     parser.add_argument("--folds", type=int, default=5, help="each image is tested in one of them")
     parser.add_argument("--val", type=float, default=0.2, help="validation share of what is not tested")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--groups", help="regular expression that finds the patient in a path, or CSV of path,group")
+    parser.add_argument("--groups", nargs="+", help="what has to stay together: CSVs of path,group and\n"
+                        "regular expressions that find the patient in a path")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     if args.folds < 2 or not 0 < args.val < 1 or args.seed < 0:
@@ -177,23 +231,27 @@ def main():
     cells = open_dataset(args.data)
     paths, labels = cells.paths.tolist(), [cells.classes[target] for target in cells.targets]
     try:
-        groups = read_groups(args.groups, paths) if args.groups else None
+        groups = read_groups(args.groups, paths) if args.groups else cells.groups
         parts = make_splits(cells.targets, args.folds, args.val, args.seed, groups)
         print(describe(cells.targets, cells.classes, parts))
+        twins = read_twins(pathlib.Path(args.out).parent, cells.name, paths)
+        if text := describe_leaks(parts, groups, twins):
+            print(text)
         if not os.path.lexists(args.out):
             write_splits(args.out, paths, labels, parts)
             return print(f"{args.out}: written, {len(paths):,} images in {args.folds} folds")
     except re.error as error:
-        parser.error(f"--groups {args.groups}: neither a file nor a regular expression ({error})")
+        parser.error(f"--groups {' '.join(args.groups)}: not a regular expression ({error})")
     except ValueError as error:
         raise SystemExit(f"{args.data}: {error}") from None
     except OSError as error:
-        raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another file with --out") from None
+        why = f"{args.out}: cannot be written ({error.strerror})"
+        raise SystemExit(f"{why}; name another file with --out") from None
     old = read_splits(args.out)
     if set(zip(*old[:2], map(tuple, old[2]))) != set(zip(paths, labels, map(tuple, parts))):
-        raise SystemExit(f"{args.out}: another split of {len(old[0]):,} images, {old[2].shape[1]} folds, is "
-                         "there for train.py to use as it is; remove it to split anew, or name another file with --out")
-    print(f"{args.out}: this very split stands there already")
+        what = f"another split, {len(old[0]):,} images in {old[2].shape[1]} folds"
+        raise SystemExit(f"{args.out}: {what}; remove it to split anew, or name another file with --out")
+    print(f"{args.out}: holds this very split already")
 
 
 if __name__ == "__main__":

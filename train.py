@@ -694,7 +694,7 @@ def open_split(file, cells, unreadable):
     """(cells of the split, their parts: str [N, folds]) by the split at file, which is made with 5 folds if there is none."""
     with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
-            splits.write_splits(file, cells.paths, [cells.classes[t] for t in cells.targets], splits.make_splits(cells.targets))
+            splits.write_splits(file, cells.paths, [cells.classes[t] for t in cells.targets], splits.make_splits(cells.targets, groups=cells.groups))
             print(f"{file}: new stratified split into 5 folds")
     paths, labels, parts = splits.read_splits(file)
     place = {path: i for i, path in enumerate(paths)}

@@ -199,8 +199,8 @@ def read_ruler(picture, height, width):
 def seen(height, width, crop=True, number=1500, size=96):
     """What augment did to the ruler at some positions of an epoch: read_ruler's columns, [number, 7]."""
     image = ruler(height, width)
-    return np.array([read_ruler(datasets.augment(image, size, draws, crop), height, width)
-                     for draws in datasets.uniforms(5, 2, 9 + crop, 0, number)])
+    rng = np.random.default_rng(9 + crop)
+    return np.array([read_ruler(datasets.augment(image, size, rng, crop), height, width) for _ in range(number)])
 
 
 @functools.cache
@@ -250,9 +250,10 @@ def test_the_comparison_with_torchvisions_crops_could_tell_other_settings():
 
 
 @pytest.mark.parametrize("height, width", [*SHAPES, (7, 9)])
-def test_twenty_thousand_drawn_crops_are_distributed_as_torchvisions(height, width):
-    """The boxes themselves, integers, ten times as many as can be read off pictures; also of an image of 7 x 9 pixels."""
-    ours = np.array([datasets.draw_crop(height, width, draws) for draws in datasets.uniforms(8, 1, 2, 0, 20000)])
+def test_ten_thousand_drawn_crops_are_distributed_as_torchvisions(height, width):
+    """The boxes themselves, integers, seven times as many as can be read off pictures; also of an image of 7 x 9 pixels."""
+    rng = np.random.default_rng(8)
+    ours = np.array([datasets.draw_crop(height, width, rng) for _ in range(10000)])
     assert ours.dtype.kind == "i" and (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
     ours = measures(ours.astype(float), height, width)
@@ -264,7 +265,8 @@ def test_twenty_thousand_drawn_crops_are_distributed_as_torchvisions(height, wid
 def test_images_too_elongated_for_any_crop_fall_back_to_torchvisions_central_one(height, width):
     """No box of 8% of the area and an aspect ratio of 0.75-1.33 fits: always the largest central one."""
     theirs = set(map(tuple, crops_of_torchvision(height, width, 20).astype(int).tolist()))
-    assert {datasets.draw_crop(height, width, draws) for draws in datasets.uniforms(0, 0, 1, 0, 200)} == theirs and len(theirs) == 1
+    rng = np.random.default_rng(0)
+    assert {datasets.draw_crop(height, width, rng) for _ in range(200)} == theirs and len(theirs) == 1
 
 
 @pytest.mark.parametrize("crop", [True, False])
@@ -369,15 +371,6 @@ def test_a_position_is_augmented_alike_however_the_epoch_is_divided_into_batches
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_seed_fold_epoch_and_position_each_give_other_random_numbers():
-    """Of 1,000 keys, (0, 1) beside (1, 0) and the like among them, no two share a number; a position within a call is a key too."""
-    keys = list(itertools.product((0, 1, 2, 3, 2**63 - 1), (0, 1, 2, 3), (0, 1, 2, 3, 75), (0, 2, 4, 6, 8, 16, 30, 32, 64, 171390)))
-    numbers = np.stack([datasets.uniforms(*key, 2) for key in keys])
-    assert len(np.unique(numbers)) == numbers.size == 1000 * 2 * datasets.DRAWS
-    for (seed, fold, epoch, first), (_, second) in zip(keys[::37], numbers[::37]):
-        assert np.array_equal(datasets.uniforms(seed, fold, epoch, first + 1, 1)[0], second)
-
-
 def test_one_image_is_augmented_differently_by_seed_fold_epoch_and_position():
     """Through Batches: the same image under 24 keys gives 24 pictures."""
     cells, indices, pictures_made = memory(1), np.zeros(3, int), set()
@@ -387,22 +380,32 @@ def test_one_image_is_augmented_differently_by_seed_fold_epoch_and_position():
     assert len(pictures_made) == 24
 
 
-def test_random_numbers_are_uniform_at_every_position_and_in_every_column():
-    """Kolmogorov-Smirnov over 20,000 positions, a column each, and over the columns of 200 positions; nothing outside [0,1)."""
-    numbers = datasets.uniforms(1, 4, 75, 1000, 20000)
-    assert numbers.dtype == np.float64 and 0 <= numbers.min() and numbers.max() < 1
-    columns = [stats.kstest(column, "uniform")[1] for column in numbers.T]
-    assert min(columns) > ALPHA and stats.kstest(columns, "uniform")[1] > ALPHA
-    rows = [stats.kstest(row, "uniform")[1] for row in numbers[:200]]
-    assert stats.kstest(rows, "uniform")[1] > ALPHA
+def test_neighbouring_positions_epochs_folds_and_seeds_are_augmented_independently():
+    """Keys that differ by 1 in one place: the angles that a batch's pictures were turned by are uncorrelated."""
+    image = {"0": ruler(32, 32)}
+    cells = datasets.Cells(".", "memory", ["a"], list(image), [0], read=image.__getitem__)
+
+    def angles(seed, fold, epoch, first, number=500):
+        batch = datasets.Batches(cells, 32, seed, fold, crop=False)
+        images, _ = batch.__getitems__((epoch, first, np.zeros(number, int)))
+        return np.array([read_ruler(image.permute(1, 2, 0).numpy(), 32, 32)[4] for image in images])
+    base = angles(1, 1, 5, 0)
+    assert stats.kstest(base, "uniform", (0, 180))[1] > ALPHA
+    for key in ((2, 1, 5, 0), (1, 2, 5, 0), (1, 1, 6, 0), (1, 1, 5, 500)):
+        assert stats.spearmanr(base, angles(*key))[1] > ALPHA, key
+    assert stats.spearmanr(base[:-1], base[1:])[1] > ALPHA
+    assert np.array_equal(base[1:], angles(1, 1, 5, 1, 499)), "the position in the epoch decides, not the batch"
 
 
-def test_neighbouring_positions_epochs_folds_and_seeds_are_uncorrelated():
-    """Pearson's r of 20,000 pairs is N(0, 1/20000) a column; so are those of columns among themselves."""
-    base, number = datasets.uniforms(1, 1, 5, 0, 20001), 20000
-    others = {"next position": base[1:], "next column": np.roll(base[:-1], 1, axis=1), "next batch": datasets.uniforms(1, 1, 5, 32, number),
-              "next epoch": datasets.uniforms(1, 1, 6, 0, number), "next fold": datasets.uniforms(1, 2, 5, 0, number),
-              "next seed": datasets.uniforms(2, 1, 5, 0, number)}
-    for name, other in others.items():
-        r = [stats.pearsonr(*pair)[0] * np.sqrt(number) for pair in zip(base[:-1].T, other.T)]
-        assert np.abs(r).max() < 4.5 and stats.kstest(r, "norm")[1] > ALPHA, name
+def test_a_further_augmentation_may_draw_as_it_likes(monkeypatch):
+    """Seam: one that draws a random number of times and brightens half of the images; the others stay as they were."""
+    plain, cells = datasets.augment, memory(8)
+
+    def brighter(image, size, rng, crop=True):
+        shift = rng.integers(1, 20, size=rng.integers(1, 5)).sum() if image[0, 0, 0] > 100 else 0
+        return np.minimum(plain(image, size, rng, crop), 255 - shift) + np.uint8(shift)
+    before = datasets.Batches(cells, 24).__getitems__((1, 0, np.arange(8)))[0]
+    monkeypatch.setattr(datasets, "augment", brighter)
+    after = datasets.Batches(cells, 24).__getitems__((1, 0, np.arange(8)))[0]
+    chosen = [cells[i][0, 0, 0] > 100 for i in range(8)]
+    assert (before != after).flatten(1).any(1).tolist() == chosen and 0 < sum(chosen) < 8

@@ -220,7 +220,7 @@ DATA = [
     case("groups that lack images", SPLITS + " --groups {tmp}/g.csv", 1, "no group for 23 of 24 images|A/1.png",
          put("g.csv", "path,group\nA/0.png,1\n")),
     case("groups with other columns", SPLITS + " --groups {tmp}/g.csv", 1, "{tmp}/g.csv, line 1|path,group", put("g.csv", "a,b\n1,2\n")),
-    case("groups that are not there", SPLITS + " --groups groups.csv", 1, "--groups groups.csv|no such file|no group for 24"),
+    case("groups that are not there", SPLITS + " --groups groups.csv", 1, "groups.csv: cannot be read|No such file"),
     case("one group", SPLITS + " --groups png", 1, "1 groups are too few for 5 folds"),
     case("runs is a file", TRAIN, 1, "{tmp}/runs/|Not a directory|--runs", put("runs", "")),
     case("runs can't be made", PRETRAIN + " --runs /proc/nothing/runs", 1, "/proc/nothing|No such file or directory|--runs"),

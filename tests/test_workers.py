@@ -67,8 +67,8 @@ def test_batches_match_images_augmented_one_by_one(cells, workers):
         assert images.shape == (16, 3, 40, 40) and images.dtype == torch.uint8
         assert labels.tolist() == [int(cells.targets[i]) for i in indices]
         for position in (0, 9, 15):
-            draws = datasets.uniforms(7, 1, epoch, first + position, 1)[0]
-            expected = datasets.augment(cells[indices[position]], 40, draws)
+            rng = np.random.default_rng([datasets.AUGMENTATION, 7, 1, epoch, first + position])
+            expected = datasets.augment(cells[indices[position]], 40, rng)
             assert np.array_equal(images[position].permute(1, 2, 0).numpy(), expected)
 
 
