@@ -154,6 +154,32 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
     assert len(list((tmp_path / "out" / "heatmaps").rglob("*.png"))) == 4
 
 
+def test_one_image_file(trained, tmp_path, monkeypatch, capsys):
+    runs, cells = trained
+    shutil.copy(cells.root / cells.paths[0], tmp_path / "x.JPG")
+    shutil.copy(cells.root / cells.paths[1], tmp_path / "beside.jpg")
+    options = ("--checkpoint", checkpoint(runs, 0), "--out", tmp_path / "out", "--images")
+    command(monkeypatch, *options, tmp_path / "x.JPG")
+    assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == ["x.JPG"]
+    assert [file.name for file in (tmp_path / "out/heatmaps").iterdir()] == ["x.JPG.png"]
+    (tmp_path / "x.txt").write_text("no image")
+    assert "x.txt: UnidentifiedImageError" in refusal(monkeypatch, *options, tmp_path / "x.txt").replace("unreadable: ", "")
+
+
+def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monkeypatch):
+    """255 bytes are allowed: with .png at the end it would be more. Two such names keep two heatmaps."""
+    runs, cells = trained
+    names = ["ä" * 125 + "1.jpg", "ä" * 125 + "2.jpg", "x" * 251 + ".jpg"]
+    assert [len(name.encode()) for name in names] == [255, 255, 255]
+    (tmp_path / "new").mkdir()
+    for path, name in zip(cells.paths, names):
+        shutil.copy(cells.root / path, tmp_path / "new" / name)
+    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out")
+    assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(names)
+    maps = list((tmp_path / "out/heatmaps").iterdir())
+    assert len(maps) == 3 and all(cv2.imread(str(file)) is not None for file in maps)
+
+
 def test_a_map_of_folder_names(trained, tmp_path, monkeypatch, capsys):
     runs, cells = trained
     own = [row for row in read(checkpoint(runs, 0).with_name("predictions.csv")) if row["label"] in ("NGS", "LYT")]
