@@ -12,7 +12,6 @@ official validation part; any other set is split 80/20, stratified, with all cro
 import argparse
 import pathlib
 import re
-import sys
 
 import numpy as np
 import splits
@@ -41,12 +40,12 @@ def main():
     start, _, name = args.init.rpartition("+")
     if start not in ("", "imagenet") or not re.fullmatch(r"[\w.-]+", name) or name in ("random", "imagenet"):
         parser.error(f"--init {args.init}: a data set's name (cd, pcam, ...) or imagenet+ and that name")
-    settings = train.options(args, parser)
+    settings = train.run_options(args, parser)
     cells, info = train.open_checked(args.data or f"data/{name}", args.runs)
     folder = pathlib.Path(args.runs) / "pretrain" / args.model / args.init
-    return train.run(folder, folder, cells, info, pretraining_parts(cells), model=args.model, init=args.init,
+    return train.run(folder, folder, cells, info, pretraining_parts(cells), init=args.init,
                      weights=args.weights if start else None, fold=0, crop=False, **settings)
 
 
 if __name__ == "__main__":
-    sys.exit(train.run_main(main))
+    train.run_main(main)

@@ -202,13 +202,13 @@ def step_against_bare_step(cells, args):
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def ours():
-        train.train_epoch(nets[0], ((batch, labels) for batch in images), len(images), optimizers[0], scalers[0], mean, std, device,
+        train.train_epoch(nets[0], ((batch, labels) for batch in images), optimizers[0], scalers[0], mean, std, device,
                           amp, layout)
         wait()
 
     def bare():
         for batch in ready:
-            with torch.autocast(device.type, **train.amp_settings(amp)):
+            with torch.autocast(device.type, train.AMP_DTYPES[amp], amp != "off"):
                 loss = cross_entropy(nets[1](batch), there)
             optimizers[1].zero_grad(set_to_none=True)
             scalers[1].scale(loss).backward()
@@ -419,7 +419,7 @@ def read_arguments():
     parser.add_argument("--threads", type=int, default=1, help="of torch; OpenCV has one")
     parser.add_argument("--workers", type=int, default=0, help="data workers of both sides")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=["auto", *train.AMP_TYPES], default="auto")
+    parser.add_argument("--amp", choices=["auto", *train.AMP_DTYPES], default="auto")
     parser.add_argument("--memory-format", choices=train.LAYOUTS, default="channels_last")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()

@@ -360,7 +360,7 @@ def test_killed_at_every_write_of_a_run(starter, cells, undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_killed_in_the_range_test(starter, cells, tmp_path):
-    """The rate is measured once: killed in the middle and at each of its three files, the same comes out as undisturbed."""
+    """The rate is measured once: killed in the middle and at both of its files, the same comes out as undisturbed."""
     more = ("--lr", "auto", "--batch-size", 2, "--epochs", 1)
     reference, runs = tmp_path / "reference", tmp_path / "runs"
     done = starter.run(*command(cells, reference, *more))
@@ -368,14 +368,13 @@ def test_killed_in_the_range_test(starter, cells, tmp_path):
     shutil.copytree(reference / "data", runs / "data")
     shutil.copy(reference / "split.csv", runs)
     measured = runs / "train" / "squeezenet1_1" / "random"
-    # lr_range.csv, lr_range.png and measured.json are synced, renamed, and the file beside is removed: 3 calls each
-    for before in (DIE_AT_IMAGE.format(n=101), *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 5, 8))):
+    # lr_range.csv and measured.json are synced, renamed, and the file beside is removed: 3 calls each
+    for before in (DIE_AT_IMAGE.format(n=101), *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 3, 5))):
         killed = starter.run(*command(cells, runs, *more), before=before)
         assert killed.status == -signal.SIGKILL and not (measured / "measured.json").exists()
     assert starter.run(*command(cells, runs, *more)).status == 0
     for name in ("measured.json", "lr_range.csv"):
         assert (measured / name).read_bytes() == (reference / "train" / "squeezenet1_1" / "random" / name).read_bytes()
-    assert not list(measured.glob(".*.tmp"))
     assert_same(runs, reference)
 
 
@@ -420,7 +419,7 @@ def test_stopped_by_a_signal(starter, cells, tmp_path, number, group, workers):
     script.kill(number, group)
     script.kill(number, group)  # an impatient user's second one changes nothing
     assert script.wait() == 128 + number
-    one_line(script, f"stopped by {number.name}", "goes on")
+    one_line(script, f"stopped by {number.name}", "resumes")
     assert len(script.epochs) <= before + 2
     assert len(log(fold_of(tmp_path))) >= before  # what was being written was finished
     assert not list(fold_of(tmp_path).glob(".*.tmp"))
@@ -448,7 +447,7 @@ def test_one_process_a_run(starter, cells, tmp_path):
     first.kill(group=False)
     assert first.wait() == -signal.SIGKILL
     third = starter.start(*command(cells, tmp_path, "--epochs", 1000))
-    until(lambda: "going on after epoch" in third.out or third.poll() is not None, third)
+    until(lambda: "resumes after epoch" in third.out or third.poll() is not None, third)
     third.kill()
     assert third.wait() == -signal.SIGKILL, third.err
 
@@ -463,16 +462,16 @@ def test_a_data_worker_dies_or_hangs(starter, cells, tmp_path, number):
         if pid != script.pid:
             os.kill(pid, number)
     assert script.wait(60) == 1
-    one_line(script, "DataLoader", "goes on")
+    one_line(script, "DataLoader", "resumes")
     until(lambda: not script.family())
 
 
 # ---------------------------------------------------------------- training that goes wrong
 def test_a_loss_that_is_not_finite(starter, cells, tmp_path):
-    """One line with epoch, step and rate at the end of the epoch; nothing looks finished."""
+    """One line with epoch and rate at the end of the epoch; nothing looks finished."""
     script = starter.run(*command(cells, tmp_path, "--lr", "1e6"))
     assert script.status == 1
-    one_line(script, "epoch 1", "step", "1e+06", "--lr")
+    one_line(script, "epoch 1", "1e+06", "--lr")
     assert not {"predictions.csv", "best.pt", "last.pt", "log.csv"} & {file.name for file in fold_of(tmp_path).iterdir()}
 
 
@@ -496,10 +495,10 @@ def small_disk(tmp_path):
 
 def test_disk_full_in_the_second_checkpoint(starter, cells, undisturbed, small_disk):
     """Room for one epoch's files and not for the next ones beside: the first stay whole, and with room the run goes on."""
-    disk = small_disk("12m")  # best 2.9 MB, last 5.8 MB
+    disk = small_disk("10m")  # last.pt has 5.8 MB, and 8.7 MB where another epoch was best
     script = starter.run(*command(cells, disk))
     assert script.status == 1
-    one_line(script, "disk full", "goes on")
+    one_line(script, "disk full", "resumes")
     run = fold_of(disk)
     assert len(torch.load(run / "last.pt", weights_only=True)["history"]) == len(log(run)) >= 1
     assert not list(run.glob(".*.tmp")) and not (run / "predictions.csv").exists()
@@ -521,7 +520,7 @@ def check_full_disk(starter, cells, disk, reference, n):
     finished = (fold_of(disk) / "predictions.csv").exists()
     assert script.status == (0 if finished else 1), script.err
     if not finished:
-        one_line(script, "goes on")
+        one_line(script, "resumes")
         assert "disk full" in script.err or "No space left" in script.err
         kept = {name: (fold_of(disk) / name).read_bytes() for name in ("log.csv", "config.json") if (fold_of(disk) / name).exists()}
         assert all(kept.values()) and not list(disk.rglob("*.tmp*"))
@@ -532,7 +531,7 @@ def check_full_disk(starter, cells, disk, reference, n):
     return True
 
 
-@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("n", [1, 4])
 def test_disk_full(starter, cells, undisturbed, small_disk, n):
     """The split finds no room; log.csv finds none."""
     assert check_full_disk(starter, cells, small_disk("40m"), undisturbed(), n)
@@ -540,7 +539,7 @@ def test_disk_full(starter, cells, undisturbed, small_disk, n):
 
 @pytest.mark.long
 def test_disk_full_at_any_write(starter, cells, undisturbed, small_disk):
-    """Full from the 2nd, 3rd, ... renaming on: configuration, best, last, log, predictions."""
+    """Full from the 2nd, 3rd, ... renaming on: configuration, last, log, best, predictions."""
     disk, n = small_disk("40m"), 2
     while check_full_disk(starter, cells, disk, undisturbed(), n):
         n += 1
@@ -552,7 +551,7 @@ def begun(starter, cells, runs, undisturbed):
     """A run killed after its first epoch's checkpoint; the folder."""
     shutil.copytree(undisturbed() / "data", runs / "data")
     shutil.copy(undisturbed() / "split.csv", runs)
-    script = starter.start(*command(cells, runs), before=DIE_AT_CALL.format(n=14, group=False))
+    script = starter.start(*command(cells, runs), before=DIE_AT_CALL.format(n=9, group=False))
     assert script.wait() == -signal.SIGKILL
     assert (fold_of(runs) / "last.pt").exists()
     return fold_of(runs)
@@ -568,7 +567,7 @@ def test_other_settings_are_refused(starter, cells, undisturbed, tmp_path):
     for key, more in changed.items():
         script = starter.run(*command(cells, tmp_path, *more))
         assert script.status == 1, (key, script.err)
-        one_line(script, f"{key} ", "before", "now", "--runs")
+        one_line(script, f"{key} was ", "is now", "--runs")
     split = (tmp_path / "split.csv").read_text()
     (tmp_path / "split.csv").write_text(split.replace(",train,", ",val,", 1).replace(",val,", ",train,", 1)
                                         if ",val," in split.split(",train,")[0] else split.replace("train", "val", 1))
@@ -587,7 +586,7 @@ def test_other_weights_and_data_are_refused(starter, cells, undisturbed, tmp_pat
     shutil.copytree(cells, data)
     shutil.copy(fold_of(undisturbed()) / "best.pt", weights)
     arguments = command(data, runs, "--init", f"mine={weights}")
-    assert starter.run(*arguments, before=DIE_AT_CALL.format(n=20, group=False)).status == -signal.SIGKILL
+    assert starter.run(*arguments, before=DIE_AT_CALL.format(n=16, group=False)).status == -signal.SIGKILL
     assert list((runs / "train/squeezenet1_1/mine/fold0").glob("*.pt"))
     content = torch.load(weights, weights_only=True)
     next(iter(content["state_dict"].values())).add_(1)

@@ -43,7 +43,7 @@ def test_pretraining_out_of_time_is_requeued_and_goes_on(study):
     assert int(facts["restarts of the pre-training"]) >= 1
     log = (folder / "slurm/logs/pretrain-shufflenet_v2_x0_5-cd.log").read_text()
     assert log.count("--- ") == 1 + int(facts["restarts of the pre-training"]) and "stopped by SIGTERM" in log
-    assert "going on after epoch" in log
+    assert "resumes after epoch" in log
     assert log.count("epoch 6/6") == 1
 
 
@@ -51,7 +51,7 @@ def test_cancelled_task_stays_away_until_submitted_again(study):
     folder, facts = study
     assert facts["restarts of the cancelled"] == "0" and facts["state after scancel"] == "todo"
     log = (folder / "slurm/logs/train-shufflenet_v2_x0_5-random-fold1,2.log").read_text()
-    assert log.count("\n--- ") + log.startswith("--- ") == 2 and "fold1: going on after epoch" in log
+    assert log.count("\n--- ") + log.startswith("--- ") == 2 and "fold1: resumes after epoch" in log
 
 
 def test_everything_is_finished_with_the_tables_of_a_plain_run(study):
