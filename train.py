@@ -458,7 +458,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     train, val, test = (cells.subset(parts[:, fold] == part) for part in ("train", "val", "test"))
     if not len(train) or not len(val):
         raise SystemExit(f"{cells.root}: {len(train)} images to train on and {len(val)} to validate with in "
-                         f"fold {fold}, which needs both: add images, or use another split.csv")
+                         f"fold {fold}, which needs both: more images, or another split.csv")
     rows = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     split = hashlib.sha256(rows.encode(errors="surrogateescape")).hexdigest()
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}

@@ -213,8 +213,8 @@ def losses_by_hand(net, batches):
 
 def test_100_rates_from_1e7th_to_10_and_losses_of_sgd_by_hand(cells):
     seen = []
-    net = regression(seen)
-    rates, losses = train.range_test(net, cells, **SETTINGS)
+    rates, losses = train.range_test(regression(seen), cells, **SETTINGS)
+    net = regression([])
     assert np.allclose(rates, RATES, rtol=1e-9, atol=0) and len(losses) == 100
     assert np.allclose(losses, losses_by_hand(net, [batch for batch, _ in seen]), rtol=2e-5)
     assert np.std(losses) > 0.01
@@ -247,8 +247,8 @@ def test_it_uses_the_layout_of_the_training(cells, layout):
 def test_it_uses_the_precision_of_the_training(cells, amp, precision):
     """Mixed precision follows the hand-made losses to its three digits, but not to float32's seven."""
     seen = []
-    net = regression(seen)
-    rates, losses = train.range_test(net, cells, **SETTINGS | {"amp": amp})
+    rates, losses = train.range_test(regression(seen), cells, **SETTINGS | {"amp": amp})
+    net = regression([])
     assert {out for _, out in seen} == {precision} and len(rates) == 100
     error = np.abs(losses / losses_by_hand(net, [batch for batch, _ in seen]) - 1)
     assert error.max() < 0.02 and (error.max() < 2e-5) == (amp == "off")
