@@ -74,9 +74,9 @@ def make_study(model, classes, folds, ratios, prior):
     for name in dict.fromkeys(("uniform", prior)):
         for k, ((labels, p), ratio) in enumerate(zip(folds, ratios)):
             predictions = (p if name == "uniform" else correct(p, ratio)).argmax(1)
-            confusion = np.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
+            confusion = evaluate.count_confusion(labels, predictions, n)
             run = runs.setdefault((model, f"prior_{pathlib.Path(name).stem}"), {})
-            run[k] = evaluate.Fold(np.arange(len(labels)), labels, predictions, confusion, np.nan)
+            run[k] = evaluate.Fold(confusion, evaluate.confusion_scores(confusion), np.nan)
     images = np.bincount(np.concatenate([labels for labels, _ in folds]), minlength=n)
     return evaluate.Study(classes, images, runs, [], [])
 
@@ -97,8 +97,8 @@ def print_prior(folder, prior):
         raise SystemExit(f"{folder}: no finished fold there; first run train.py")
     study = make_study(folder.parent.name, tested.classes, folds, ratios, prior)
     for run in study.runs:
-        print(f"{run[1]}\n{evaluate.table5_text(evaluate.table5_rows(study, *run))}")
-    print(evaluate.table4_text(evaluate.table4_rows(study), dict.fromkeys(study.runs, "")))
+        print(f"{run[1]}\n{evaluate.table_text(evaluate.table5_rows(study, *run))}")
+    print(evaluate.table_text(evaluate.table4_rows(study)))
 
 
 # ---------------------------------------------------------------- new images

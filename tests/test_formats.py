@@ -437,28 +437,3 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
     assert [read.classes[i] for i in read.predictions] == [NAMES[i] for i in logits.argmax(1)]
     expected = scipy.special.softmax(logits.double().numpy(), 1)[:, [NAMES.index(name) for name in read.classes]]
     assert np.allclose(read.probabilities, expected, rtol=5e-7, atol=0)
-    quick = evaluate.read_predictions(tmp_path / "predictions.csv", probabilities=False)
-    assert list(quick.paths) == paths
-    assert np.array_equal(quick.labels, read.labels) and np.array_equal(quick.predictions, read.predictions)
-
-
-def test_a_plain_table_is_read_alike_by_the_quick_way(tmp_path):
-    """Without a quote in the file lines are taken apart by a pattern: the same comes out as by Python's csv module, read here."""
-    labels = [name for name in NAMES if csv_plain(name)]
-    paths = [f"{label}/{image}.png" for label in labels for image in labels]
-    cells = datasets.Cells(tmp_path, "mine", labels, paths, np.arange(len(paths)) % len(labels))
-    logits = np.random.default_rng(0).standard_normal((len(paths), len(labels)))
-    train.write_predictions(tmp_path / "predictions.csv", cells, torch.from_numpy(logits))
-    assert '"' not in (tmp_path / "predictions.csv").read_text(errors="surrogateescape") and len(labels) > 10
-    with open(tmp_path / "predictions.csv", newline="", errors="surrogateescape") as file:
-        rows = list(csv.reader(file))[1:]
-    read = evaluate.read_predictions(tmp_path / "predictions.csv", probabilities=False)
-    columns = zip(read.paths, (read.classes[i] for i in read.labels), (read.classes[i] for i in read.predictions))
-    assert list(map(list, columns)) == [row[:3] for row in rows]
-
-
-def csv_plain(name):
-    """Is a field written without quotes?"""
-    out = io.StringIO()
-    csv.writer(out).writerow([name, ""])
-    return '"' not in out.getvalue()
