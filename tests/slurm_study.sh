@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A small study on a real Slurm of one node with two CPUs, by the very lines of the README: arrays with dependencies, a
-# pre-training that runs out of time and comes back, a task ended by scancel; then the same study by run_all.sh alone, and
-# eight equal jobs by one array slot and by two. Starts its own munged, slurmctld and slurmd, and ends them.
+# A small study on a real Slurm of one node with two CPUs by run_all.sh --slurm: arrays with dependencies, a pre-training
+# that gets the signal of a time limit and comes back, a task ended by scancel; then the same study by run_all.sh alone.
+# Starts its own munged, slurmctld and slurmd, and ends them.
 #
-#   bash tests/slurm_study.sh FOLDER       FOLDER: new, gets data/, slurm/, plain/, gain/ and facts.csv (fact,value)
+#   bash tests/slurm_study.sh FOLDER       FOLDER: new, gets data/, slurm/, plain/ and facts.csv (fact,value)
 #
-# Needs Debian's slurm-wlm and munge, or the like; no rights but one's own. README names another file to take the lines from.
+# Needs Debian's slurm-wlm and munge, or the like; no rights but one's own.
 set -eu
 folder=$(realpath -m "${1:?name a new folder}")
 cd "$(dirname "$0")/.."
-readme=${README:-README.md} node=$(hostname -s)
+node=$(hostname -s)
 PATH=$PATH:/usr/sbin:/sbin
 mkdir -p "$folder"
 spool=$(mktemp -d /tmp/slurm.XXXXXX) && chmod 711 "$spool"  # short: a socket's path has at most 107 bytes
@@ -78,13 +78,9 @@ idle() { [ "$(sinfo -h -o %T 2>/dev/null)" = idle ]; }
 waited 60 "Slurm's node" idle
 fact version "$(sinfo --version)"
 
-# ---------------------------------------------------------------- the README's lines, with a CPU and a minute instead of a GPU and a day
-options="--epochs 6 --image-size 32 --batch-size 32 --lr 0.02 --amp off --workers 0 --device cpu"
-block() { awk -v first="$1" '/^```$/ {inside = 0} inside {print} /^```bash$/ {getline; if (index($0, first) == 1) {inside = 1; print}}' "$readme"; }
-block '#!/bin/bash' | sed -e "s/--gres=[^ ]* .*/--cpus-per-task=1 --time=1/" -e 's/TERM@120/TERM@20/' -e "s/--task \"[^\"]*\"/& $options/" \
-  -e "s|--output=|--output=$folder/|" > "$folder/cells.sbatch"
-block 'left()' | sed "s|cells.sbatch|$folder/cells.sbatch|g" > "$folder/submit.sh"
-grep -q -e "--task .* $options" "$folder/cells.sbatch" && grep -q sbatch "$folder/submit.sh" || fail "$readme: the lines for Slurm are not there"
+# ---------------------------------------------------------------- the study, with a CPU instead of a GPU
+options="--epochs 24 --image-size 32 --batch-size 32 --lr 0.02 --amp off --workers 0 --device cpu"
+export SBATCH="--cpus-per-task=1 --time=60" OVERLAPS=no
 export DATA=$folder/data MODELS=shufflenet_v2_x0_5 INITS="random cd" FOLDS="0 1,2"
 python=$(command -v python || command -v python3)
 "$python" tests/demo_data.py --out "$DATA" --size tiny --sets bm
@@ -96,50 +92,41 @@ no_queue() {
 }
 export RUNS=$folder/slurm
 
-sbatch --wait --array="$(number '--init random --fold 0 ')" "$folder/cells.sbatch"
-# the pre-training's images: as many links to bone marrow cells as take it about 40 seconds at the speed just seen, so that
-# it is still at work when Slurm, which looks every 30 s, sends the signal of a one-minute limit: 10 to 40 s after the start
-speed=$(awk -F, 'END {print $6}' "$RUNS/train/shufflenet_v2_x0_5/random/fold0/log.csv")
-"$python" - "$DATA" "$speed" <<'PYTHON'
+# the pre-training's images: 1,500 links to bone marrow cells, so that its 24 epochs take a while
+"$python" - "$DATA" <<'PYTHON'
 import pathlib, sys
-data, wanted = pathlib.Path(sys.argv[1]), 40 * float(sys.argv[2]) / 6 / 0.8
+data = pathlib.Path(sys.argv[1])
 images = [image for label in ("NGB", "LYT", "EOS", "MYB") for image in sorted(data.glob(f"bm/*/{label}/**/*.jpg"))]
-for i in range(int(wanted / len(images)) + 1):
+for i in range(1500 // len(images)):
     for image in images:
         link = data / "cd" / image.relative_to(data / "bm").parts[1] / f"{i}-{image.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(image)
 PYTHON
 early=$(number 'train.py --model shufflenet_v2_x0_5 --init cd --fold 0 ')
-begun=$SECONDS status=0
+start=$SECONDS status=0
 bash run_all.sh --task "$early" $options > "$folder/early.log" 2>&1 || status=$?
-fact "status before its pre-training" "$status in $((SECONDS - begun)) s"
+fact "status before its pre-training" "$status in $((SECONDS - start)) s"
 
 say "$(bash run_all.sh --list)"
-bash "$folder/submit.sh"
-victim=$(number '--init random --fold 1 2 ')
-has_epoch() { [ "$(cat "$RUNS"/train/shufflenet_v2_x0_5/random/fold1/log.csv 2>/dev/null | wc -l)" -ge 2 ]; }
-waited 120 "an epoch of task $victim" has_epoch
-scancel "$(squeue -h -r -o '%A %K' | awk -v n="$victim" '$2 == n {print $1}')"
-waited 300 "the queue to be empty" no_queue
+bash run_all.sh --slurm $options
+victim=$(number '--init random --fold 1 2 ') first=$(number ' pretrain.py ')
+slurms() { squeue -h -r -t R -o '%F_%K' | grep "_$1\$"; }   # its number of job N of --list
+begun() { [ "$(slurms "$1")" ] && [ "$(cat "$RUNS/$2/log.csv" 2> /dev/null | wc -l)" -ge 2 ]; }
+waited 300 "an epoch of task $victim" begun "$victim" train/shufflenet_v2_x0_5/random/fold1
+scancel "$(slurms "$victim")"
+waited 300 "an epoch of the pre-training" begun "$first" pretrain/shufflenet_v2_x0_5/cd
+scancel --batch --signal=TERM "$(slurms "$first")"       # as Slurm does two minutes before the time is over
+waited 900 "the queue to be empty" no_queue
 fact "state after scancel" "$(state "$victim")"
-fact "restarts of the pre-training" "$(scontrol show job -o | grep "ArrayTaskId=$(number ' pretrain.py ') " | sed 's/.* Restarts=\([0-9]*\).*/\1/')"
+fact "restarts of the pre-training" "$(scontrol show job -o | grep "ArrayTaskId=$first " | sed 's/.* Restarts=\([0-9]*\).*/\1/')"
 fact "restarts of the cancelled" "$(scontrol show job -o | grep "ArrayTaskId=$victim " | sed 's/.* Restarts=\([0-9]*\).*/\1/')"
-bash "$folder/submit.sh"
-waited 300 "the queue to be empty" no_queue
+bash run_all.sh --slurm $options
+waited 900 "the queue to be empty" no_queue
 fact "states in the end" "$(bash run_all.sh --list | awk '{print $2}' | sort | uniq -c | xargs)"
 "$python" evaluate.py --runs "$RUNS" > "$folder/evaluate.log"
 
 # ---------------------------------------------------------------- the same by run_all.sh alone
-begun=$SECONDS
+start=$SECONDS
 RUNS=$folder/plain JOBS_PER_GPU=2 bash run_all.sh $options > "$folder/plain.log" 2>&1 || fail "run_all.sh: $(tail -n 3 "$folder/plain.log")"
-fact "seconds of plain run_all.sh" $((SECONDS - begun))
-
-# ---------------------------------------------------------------- eight equal jobs, by one array slot and by two
-for slots in 1 2; do
-  sbatch --wait --array="1-8%$slots" --output=/dev/null --wrap "date +%s.%N >> $folder/gain$slots
-    $python train.py --model shufflenet_v2_x0_5 --init random --fold 0 --data $DATA/bm --runs $folder/gain/$slots-\$SLURM_ARRAY_TASK_ID $options --epochs 2
-    date +%s.%N >> $folder/gain$slots"
-  fact "seconds of eight jobs by $slots" "$(sort -n "$folder/gain$slots" | sed -n '1p;$p' | xargs | awk '{print $2 - $1}')"
-  fact "finished by $slots" "$(ls "$folder"/gain/$slots-*/train/*/*/fold0/predictions.csv | wc -l)"
-done
+fact "seconds of plain run_all.sh" $((SECONDS - start))

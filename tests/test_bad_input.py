@@ -465,38 +465,3 @@ def test_without_data_train_says_where_it_is_to_be_had_before_anything_is_fetche
     for word in ("data/bm: no such folder", "doi.org/10.7937/TCIA.AXH3-T579", "unpack it there", "bash run_all.sh --demo"):
         assert word in done.stderr
     assert files(tmp_path) == {"sitecustomize.py"}
-
-
-# ---------------------------------------------------------------- run_all.sh
-@pytest.mark.parametrize("environment, rest, status, words", [
-    pytest.param({}, "--task 999 --device cpu", 2, "--task 999: no such job|--list", id="task out of range"),
-    pytest.param({}, "--task --device cpu", 2, "--task '--device'|--list", id="task without number"),
-    pytest.param({}, "--model resnet18", 2, "--model is set by MODELS", id="model given"),
-    pytest.param({}, "--runs=elsewhere", 2, "--runs is set by|RUNS", id="runs given"),
-    pytest.param({}, "", 1, "no CUDA GPU found|run_all.sh --demo|--device cpu", id="no GPU"),
-    pytest.param({}, "--device gpu", 2, "--device 'gpu'|cuda", id="unknown device"),
-    pytest.param({}, "--list --epochs ten", 2, "--epochs 'ten'|whole number", id="epochs in words"),
-    pytest.param({}, "--device cpu --epochs", 2, "--epochs ''|whole number", id="epochs without number"),
-    pytest.param({"JOBS_PER_GPU": "0"}, "--device cpu", 2, "JOBS_PER_GPU='0'|at least 1", id="no jobs"),
-    pytest.param({"GPUS": "first"}, "--device cuda", 2, "GPUS='first'|'0 1'", id="GPU by name"),
-    pytest.param({"INITS": "random mine=best.pt"}, "--list", 2, "INITS='random mine=best.pt'|train.py alone", id="NAME=PATH"),
-    pytest.param({"FOLDS": "all"}, "--list", 2, "FOLDS='all'|'0 1 2'", id="folds in words"),
-    pytest.param({"RUNS": "/proc/nothing"}, "--device cpu", 1, "cannot write to /proc/nothing|RUNS", id="runs can't be made"),
-    pytest.param({"MODELS": "resnet18 resnet_50"}, "--device cpu", 2, "resnet_50: no classification model|resnet50", id="unknown model",
-                 marks=pytest.mark.long),
-    pytest.param({}, "--device cpu --momentum 0.8", 2, "unrecognized arguments: --momentum 0.8", id="unknown option", marks=pytest.mark.long),
-    pytest.param({}, "--device cpu", 1, "data/bm|missing|README|run_all.sh --demo", id="no data", marks=pytest.mark.long),
-])
-def test_the_study_is_not_begun(environment, rest, status, words, tmp_path):
-    """Wrong before the night, not after it: no job is started, and no network asked."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho couldn\\'t communicate with the NVIDIA driver\nexit 9\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    places = {"DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "TORCH_HOME": str(tmp_path / "home"),
-              "PATH": os.pathsep.join([str(tmp_path), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])}
-    clean = {key: value for key, value in os.environ.items() if key not in ("MODELS", "INITS", "FOLDS", "GPUS", "JOBS_PER_GPU")}
-    done = subprocess.run(["bash", ROOT / "run_all.sh", *rest.split()], env=clean | places | environment, capture_output=True, text=True,
-                          timeout=120, check=False)
-    assert done.returncode == status and "Traceback" not in done.stderr and done.stdout == "", done.stdout + done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("run_all.sh: ") and all(word in line for word in words.split("|")), line
-    assert files(tmp_path) == {"nvidia-smi"}

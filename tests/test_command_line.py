@@ -217,58 +217,7 @@ def test_datasets_prints_the_class_counts_of_all_three(demo, tmp_path):
         assert dict(zip(info["classes"], info["counts"])) == classes and len(info["fingerprint"]) == 64
 
 
-# ---------------------------------------------------------------- run_all.sh
-def jobs(**environment):
-    """(number, state, script, options) of each line of run_all.sh --list."""
-    for line in start("run_all.sh", "--list", **environment).stdout.splitlines():
-        number, state, python, script, *rest = line.split()
-        assert python == "python"
-        yield int(number), state, script, dict(zip(rest[::2], rest[1::2]))
-
-
-def test_the_study_has_125_fine_tunings_and_16_pretrainings(tmp_path):
-    listed = list(jobs(RUNS=str(tmp_path)))
-    assert [number for number, *_ in listed] == list(range(1, 142))
-    runs = {script: collections.Counter((job["--model"], job["--init"]) for _, _, name, job in listed if name == script)
-            for script in ("train.py", "pretrain.py")}
-    paper = ("vgg19_bn", "resnet152", "regnet_y_32gf", "vit_l_32")
-    pretrained = {(model, init): 1 for model in paper for init in ("pcam", "cd", "imagenet+pcam", "imagenet+cd")}
-    assert runs["pretrain.py"] == pretrained
-    plain = {(model, init): 5 for model in paper for init in ("random", "imagenet")}
-    assert runs["train.py"] == plain | dict.fromkeys(pretrained, 5) | {("resnext50_32x4d", "random"): 5}
-    assert sum(runs["train.py"].values()) == 125 and sum(runs["pretrain.py"].values()) == 16
-    assert all(sorted(job["--fold"] for _, _, name, job in listed if name == "train.py" and (job["--model"], job["--init"]) == run)
-               == list("01234") for run in runs["train.py"])
-    assert {job["--data"] for *_, job in listed} == {"data/bm", "data/cd", "data/pcam"}
-
-
-def test_fine_tunings_wait_for_their_pretraining_and_for_nothing_else(tmp_path):
-    for _, state, script, job in jobs(RUNS=str(tmp_path)):
-        assert state == ("waits" if script == "train.py" and job["--init"] not in ("random", "imagenet") else "todo")
-
-
-def test_the_list_without_any_environment_is_the_same_study():
-    """With results in runs/, if there are some: only states differ."""
-    assert [(number, script, job["--model"], job["--init"]) for number, _, script, job in jobs()] == [
-        (number, script, job["--model"], job["--init"]) for number, _, script, job in jobs(RUNS="/nowhere")]
-
-
-def test_finished_folds_are_listed_as_done(study):
-    chosen = {"RUNS": str(study[0]), "MODELS": MODEL, "INITS": "random", "FOLDS": "0 1 2 0,1"}
-    assert [state for _, state, *_ in jobs(**chosen)] == ["done", "done", "todo", "done"]
-
-
-@pytest.mark.long
-def test_a_job_whose_folders_have_blanks_in_their_names(demo, tmp_path):
-    """As under WSL: DATA and RUNS below a folder of first and last name."""
-    place = tmp_path / "Anna M & Co" / "data"
-    place.parent.mkdir()
-    place.symlink_to(demo)
-    runs = place.with_name("my runs")
-    start("run_all.sh", "--task", 1, *SMALL, DATA=str(place), RUNS=str(runs), MODELS=MODEL, INITS="random", FOLDS="0")
-    assert (runs / "train" / MODEL / "random" / "fold0" / "predictions.csv").is_file()
-
-
+# ---------------------------------------------------------------- report.py alone
 @pytest.mark.long
 def test_the_page_needs_evaluate_py_and_no_other_file_of_ours(study, tmp_path):
     """The two files alone in a folder, as they are copied into another project."""

@@ -1,4 +1,4 @@
-"""The study on a cluster: the README's lines for Slurm on a real one of two CPUs (tests/slurm_study.sh)."""
+"""The study on a cluster: run_all.sh --slurm on a real one of two CPUs (tests/slurm_study.sh)."""
 import csv
 import os
 import pathlib
@@ -44,7 +44,7 @@ def test_pretraining_out_of_time_is_requeued_and_goes_on(study):
     log = (folder / "slurm/logs/pretrain-shufflenet_v2_x0_5-cd.log").read_text()
     assert log.count("--- ") == 1 + int(facts["restarts of the pre-training"]) and "stopped by SIGTERM" in log
     assert "resumes after epoch" in log
-    assert log.count("epoch 6/6") == 1
+    assert log.count("epoch 24/24") == 1
 
 
 def test_cancelled_task_stays_away_until_submitted_again(study):
@@ -66,13 +66,3 @@ def test_everything_is_finished_with_the_tables_of_a_plain_run(study):
     assert len(runs) == 6
     for run in runs:
         assert (folder / "slurm" / run).read_bytes() == (folder / "plain" / run).read_bytes(), run
-
-
-def test_two_array_slots_do_eight_equal_jobs_in_about_half_the_time(study):
-    _, facts = study
-    assert facts["finished by 1"] == facts["finished by 2"] == "8"
-    one, two = (float(facts[f"seconds of eight jobs by {slots}"]) for slots in (1, 2))
-    print(f"eight jobs: {one:.1f} s by one slot, {two:.1f} s by two, ratio {one / two:.2f}")
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one CPU only: two slots share it")
-    assert one / two > 1.3  # 2 less the share of a machine that is busy with other things
