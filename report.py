@@ -34,11 +34,15 @@ ENOUGH = 50  # images that a class needs for its labels, or suggestions of it, t
 HANDED_OVER = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the images that go to a human
 CLINIC = ("BLA", "FGC", "HAC", "PEB")  # blasts, faggot cells, hairy cells, proerythroblasts: not to be missed
 SPECIFICITIES = (0.99, 0.999)
+PAPER_RATIO = 0.20 / 0.64  # test to training images, for runs that don't tell
 PLAIN = ("as trained", "prior-corrected")  # each also with a temperature: "as trained, temperature"
 SCORES = ("macro precision", "macro recall (balanced accuracy)", "macro F1", "macro F1 of the common classes",
           "weighted precision", "accuracy (weighted recall)", "weighted F1", "top-2 accuracy")
 TINY = np.finfo(np.float32).tiny  # probabilities come from float32: a zero was something below this
-HEATMAPS = 8  # pictures of gradcam.py on the page
+HEATMAPS, CELLS = 8, 24  # pictures of gradcam.py on the page; doubtful labels before the rest folds away
+SAME_CELL = 40 / 250  # of an image's side: displaced by less, two crops of a slide show the same cell
+MARKS = {"*": "the best", "=": "not significantly different", "": "significantly different",
+         "?": "not testable"}
 Fold = namedtuple("Fold", "labels probabilities val_labels val_probabilities temperatures")
 
 
@@ -139,17 +143,17 @@ def doubtful(labels, probabilities, enough):
     return suggested, score, flagged
 
 
-def doubtful_rows(study, tested):
+def doubtful_rows(study, tested, contradicted={}):
     """Rows of label_issues.csv, the most doubtful first: images with a more probable class than the label.
 
     By prior-corrected probabilities, averaged over the rows of Table 4 in tested {(model, init): {fold:
     Predictions}}, on the folds that all have. Of an image tested more than once the most doubtful row.
+    contradicted {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
     """
     classes, enough, rows = study.classes, study.images >= ENOUGH, {}
     for fold in sorted(set.intersection(*map(set, tested.values()))):
         p, paths = [], None
         for run, folds in tested.items():
-            order = np.argsort(folds[fold].paths)
             order, before = np.argsort(folds[fold].paths), paths
             paths, labels = np.array(folds[fold].paths)[order].tolist(), folds[fold].labels[order]
             if before not in (None, paths):
@@ -157,13 +161,19 @@ def doubtful_rows(study, tested):
             p.append(posterior(folds[fold].probabilities, frequencies(study, run, fold))[order])
         p = np.mean(p, axis=0)
         suggested, score, flagged = doubtful(labels, p, enough)
-        for i in np.flatnonzero(score > 0):
-            a, b = labels[i], suggested[i]
+        for i, path in enumerate(paths):
+            a, b, kind = labels[i], suggested[i], "prediction"
             flag = "yes" if flagged[i] else "no" if enough[a] and enough[b] else "rare class"
-            row = {"path": paths[i], "label": classes[a], "suggested": classes[b], "score": score[i],
-                   "flagged": flag, "fold": fold, "p_label": p[i, a], "p_suggested": p[i, b]}
-            rows[paths[i]] = max(rows.get(paths[i], row), row, key=lambda row: row["score"])
-    return sorted(rows.values(), key=lambda row: -row["score"])
+            if path in contradicted:
+                other, kind = contradicted[path]
+                b, flag = classes.index(other), "yes"
+            elif score[i] <= 0:
+                continue
+            row = {"path": path, "label": classes[a], "suggested": classes[b], "flagged": flag, "kind": kind,
+                   "score": np.log10(max(p[i, b], TINY) / max(p[i, a], TINY)), "fold": fold,
+                   "p_label": p[i, a], "p_suggested": p[i, b]}
+            rows[path] = max(rows.get(path, row), row, key=lambda row: row["score"])
+    return sorted(rows.values(), key=lambda row: (row["kind"] == "prediction", -row["score"]))
 
 
 # ---------------------------------------------------------------- one row of Table 4
@@ -332,17 +342,22 @@ def read_json(file):
         return {}
 
 
-def progress(runs):
-    """{("train" or "pretrain", model, init): {state: [folds]}} of all that has been begun."""
-    states = {}
+def progress(runs, expected):
+    """Rows network, stage, state of all that has been begun; expected: folds of a row of Table 4."""
+    states, rows = {}, []
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
         epochs, config = len(read_rows(folder / "log.csv")), read_json(folder / "config.json")
         finished = (folder / "predictions.csv").exists()
         if finished or epochs or config:
             run = states.setdefault(folder.relative_to(runs).parts[:3], {})
             state = "finished" if finished else f"at epoch {epochs} of {config.get('epochs', '?')}"
-            run.setdefault(state, []).append(folder.name.removeprefix("fold"))
-    return states
+            run.setdefault(state, []).append(folder.name)
+    for (stage, model, init), found in states.items():
+        count = len(found.get("finished", ()))
+        text = [f"{count} of {expected} folds finished" if stage == "train" else "finished"] if count else []
+        text += [f"{', '.join(folds)} {state}" for state, folds in found.items() if state != "finished"]
+        rows.append({"network, pre-training": title(model, init), "stage": stage, "state": "; ".join(text)})
+    return rows
 
 
 def failures(runs):
@@ -355,10 +370,46 @@ def failures(runs):
 
 
 # ---------------------------------------------------------------- what the page shows
+def add_intervals(study, table4, theirs):
+    """Add f1_low, f1_high to Table 4, the 95% interval of macro F1 over the folds; returns the axis' ends.
+
+    It counts in that the folds share training images (Nadeau and Bengio 2003). NaN for a single fold.
+    """
+    ends = []
+    for row in table4:
+        run = row["model"], row["init"]
+        folds = study.runs[run].values()
+        ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds])
+        error = row["f1_fold_std"] * np.sqrt(1 / len(folds) + (PAPER_RATIO if np.isnan(ratio) else ratio))
+        half = special.stdtrit(len(folds) - 1, 0.975) * error
+        row |= {"f1_low": row["f1_mean"] - half, "f1_high": row["f1_mean"] + half}
+        ends += [row["f1_mean"], row["f1_low"], row["f1_high"], theirs.get(run, row)["f1_mean"]]
+    return np.clip([np.floor(10 * np.nanmin(ends)) / 10, np.ceil(10 * np.nanmax(ends)) / 10], 0, 1)
+
+
+def readable(rows, columns=None, theirs={}):
+    """Rows of text: a mean and its std in one cell, the paper's (theirs) below, names in full."""
+    names = evaluate.MODELS | evaluate.INITS | {"": "most probable class"}
+    names |= {key: f"{name} ({key})" for key, name in evaluate.CLASSES.items()}
+    table = []
+    for row in rows:
+        table.append({})
+        paper = theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
+        for key in columns or row:
+            value, std = row[key], key.removesuffix("mean") + "std"
+            text = number(value, row.get(std, np.nan)) if isinstance(value, float) else str(value)
+            if std in paper:
+                text += f"\npaper {number(paper[key], paper[std])}"
+            if not key.endswith("std") or f"{key[:-3]}mean" not in row:
+                table[-1][key.removesuffix("_mean").replace("_", " ")] = names.get(text, text)
+    return table
+
+
 def of_scores(study, run, paper, pairs):
     """Tables 4 and 5 with the paper's numbers, tolerant scores and the confusion matrix."""
     folds, table4, table5 = study.runs[run], evaluate.table4_rows(study), evaluate.table5_rows(study, *run)
     comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds)
+    theirs = evaluate.read_table4(paper / "table4.csv") if paper else {}
     accepted = read_pairs(pairs, study.classes) if pairs else np.eye(len(table5), dtype=bool)
     tolerant = np.array([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
     for c, row in enumerate(table5):
@@ -370,10 +421,10 @@ def of_scores(study, run, paper, pairs):
             confused.append(f"{off[i, j]:.0%} of {study.classes[i]} as {study.classes[j]}")
     return {"table4": table4, "table5": table5, "signs": evaluate.marks(table4, comparisons),
             "best": evaluate.best_run(table4), "statements": evaluate.statements(study, table4, comparisons),
-            "paper4": evaluate.read_table4(paper / "table4.csv") if paper else {},
+            "paper4": theirs, "axis": add_intervals(study, table4, theirs),
             "paper5": {row["class"]: row for row in read_rows(paper / "table5.csv")} if paper else {},
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, study.classes, title(*run))),
-            "confused": "; ".join(confused) or "none"}
+            "confused": confused}
 
 
 def of_probabilities(study, run, files, tested, results):
@@ -386,7 +437,8 @@ def of_probabilities(study, run, files, tested, results):
     for kind, rows in tables.items():
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
-    return tables | {"folds": folds, "missing": missing, "tested": sum(len(fold.labels) for fold in folds)}
+    return tables | {"folds": folds, "missing": missing, "ece": tables["reliability"][::BINS],
+                     "tested": sum(len(fold.labels) for fold in folds)}
 
 
 def of_training(folder, folds, results):
@@ -394,16 +446,46 @@ def of_training(folder, folds, results):
     curves = []
     for fold in folds:
         curves += [{"fold": f"fold {fold}"} | row for row in read_rows(folder / f"fold{fold}/log.csv")]
+    measured = read_json(folder / "measured.json")
     return {"curves": curves, "tried": read_rows(folder / "lr_range.csv"),
-            "measured": read_json(folder / "measured.json"),
+            "rates": {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {},
+            "candidates": [{"learning rate": f"{rate:.2g}", "score": score}
+                           for rate, score in measured.get("candidates") or ()],
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 
-def of_labels(study, tested, config, results, data, number):
+def of_overlaps(runs, fingerprint):
+    """What images have in common: pairs of one slide (overlaps.csv), exact duplicates, and their labels."""
+    paths, labels, parts = evaluate.read_split(runs / "split.csv")
+    labels, parts = dict(zip(paths, labels)), dict(zip(paths, [] if parts is None else parts))
+    scans = [read_json(file) for file in runs.glob("data/*.json")]
+    scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
+    sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
+    radius = SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
+    overlaps, contradicted, both = read_rows(runs / "overlaps.csv"), {}, {}
+    pairs = [("exact duplicate", *pair) for group in duplicates for pair in itertools.combinations(group, 2)]
+    for row in overlaps:
+        near = np.hypot(float(row["dx"]), float(row["dy"])) < radius
+        pairs.append(("same cell" if near else "overlap", row["first"], row["second"]))
+    pairs = [pair for pair in pairs if {*pair[1:]} <= set(labels)]
+    for kind, *pair in pairs:
+        for one, other in (pair, pair[::-1]):
+            if kind != "overlap" and labels[one] != labels[other]:
+                contradicted[one] = labels[other], f"{kind} as {other}"
+            leaks = (parts[one] == "test") & (parts[other] == "train")
+            both.setdefault(kind == "exact duplicate", set()).update((one, k) for k in np.flatnonzero(leaks))
+    return {"overlaps": overlaps, "duplicates": duplicates, "contradicted": contradicted,
+            "twins": len(both.get(True, ())), "leaked": len(both.get(False, ())),
+            "tests": int(sum((part == "test").sum() for part in parts.values())),
+            "sheet": runs / "results/overlaps.png"}
+
+
+def of_labels(study, tested, contradicted, config, results, data, number):
     """Doubtful labels by the mean of the rows of Table 4 in tested; writes label_issues.csv."""
-    rows = doubtful_rows(study, tested)
-    columns = ["path", "label", "suggested", "score", "flagged", "fold", "p_label", "p_suggested"]
-    evaluate.write_csv(results / "label_issues.csv", [columns, *(row.values() for row in rows)])
+    rows = doubtful_rows(study, tested, contradicted)
+    columns = ["path", "label", "suggested", "score", "flagged", "fold", "p_label", "p_suggested", "kind"]
+    table = [[row[name] for name in columns] for row in rows]
+    evaluate.write_csv(results / "label_issues.csv", [columns, *table])
     # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
     roots = [pathlib.Path(config.get("root") or data), data, *data.glob("*/"), *data.glob("*/*/")]
     for row in rows[:number]:
@@ -419,7 +501,7 @@ def title(model, init):
 
 def number(mean, std=np.nan):
     """A score as the tables print it, '–' for NaN."""
-    return evaluate.mean_std(float(mean), float(std)).replace("± ", "±\N{NO-BREAK SPACE}") or "–"
+    return evaluate.mean_std(float(mean), float(std)).replace(" ", "\N{NO-BREAK SPACE}") or "–"
 
 
 def render(values):
@@ -454,8 +536,8 @@ def main():
     results, said = args.runs / "results", "no fold is finished yet"
     most = max(map(len, study.runs.values()), default="?")
     values = {"date": datetime.datetime.now(), "shown": None, "left_out": []} | vars(args) | {
-        "study": study, "expected": most if parts is None else parts.shape[1],
-        "failed": failures(args.runs), "progress": progress(args.runs)}
+        "study": study, "failed": failures(args.runs),
+        "progress": progress(args.runs, most if parts is None else parts.shape[1])}
     if study.runs:
         rows = [row for row in evaluate.table4_rows(study)
                 if args.model in (None, row["model"]) and args.init in (None, row["init"])]
@@ -476,7 +558,8 @@ def main():
         values |= of_scores(study, run, HERE / "paper" if known else None, args.pairs)
         values |= of_probabilities(study, run, files[run], tested[run], results)
         values |= of_training(folder, tested[run], results)
-        values |= of_labels(study, doubted, config, results, args.data, args.gallery)
+        values |= of_overlaps(args.runs, config.get("data"))
+        values |= of_labels(study, doubted, values["contradicted"], config, results, args.data, args.gallery)
         values |= {"shown": run, "doubt": doubt}
         said = f"{title(*run)}; {values['flagged']} labels to look at again"
     evaluate.write_file(results / "index.html", render(values))

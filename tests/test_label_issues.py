@@ -189,3 +189,18 @@ def test_two_networks_find_more_than_one(simulation, tmp_path):
             score[int(row["path"][:5])] = row["score"]
         return average_precision_score(simulation["wrong"], score)
     assert average_precision(runs) > max(average_precision([run]) for run in runs) + 0.01
+
+
+def test_contradicting_labels_come_first(simulation, tmp_path):
+    """Two images of one cell with two labels: flagged whatever the network says, with the other's label and the reason."""
+    write_study(tmp_path, simulation)
+    classes, labels, sure = list(COUNTS), simulation["labels"], simulation["p"].max(1) > 0.9
+    one, other = (np.flatnonzero(sure & (labels == c) & ~simulation["wrong"])[0] for c in (0, 2))
+    names = [f"{i:05d}.jpg" for i in (one, other)]
+    contradicted = {names[0]: (classes[2], "same cell as b"), names[1]: (classes[0], "same cell as a")}
+    study, tested = evaluate.read_study(tmp_path), read_tested(tmp_path)
+    plain, rows = report.doubtful_rows(study, tested), report.doubtful_rows(study, tested, contradicted)
+    assert {row["path"] for row in rows[:2]} == set(names) and rows[2:] == plain
+    first = next(row for row in rows if row["path"] == names[0])
+    assert (first["label"], first["suggested"], first["flagged"], first["kind"]) == (classes[0], classes[2], "yes", "same cell as b")
+    assert first["score"] < 0 and first["p_label"] > 0.9

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import numpy as np
@@ -243,8 +244,14 @@ def page(tmp_path_factory):
     rows = list(csv.DictReader(open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline="")))
     for row in rows[::3]:
         draw_cell(folder / "bm" / row["path"])
+    pairs = [[a["path"], b["path"]] for a, b in zip(rows[::50], rows[1::50])]
+    with open(runs / "overlaps.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        csv.writer(handle).writerows([["first", "second", "dx", "dy", "difference", "area"], *(pair + [60, 30, 0.15, 0.6] for pair in pairs)])
+    (runs / "data").mkdir()
+    scan = {"fingerprint": "f1", "sizes": {"250x250": len(rows)}, "duplicates": [[rows[0]["path"], rows[-1]["path"]]]}
+    (runs / "data/bm.json").write_text(json.dumps(scan))
     config = runs / "train/vit_l_32/imagenet+cd/fold0/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"data": "f1", "left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}))
     (runs / "train/resnet152/imagenet+cd/fold3/predictions.csv").unlink()
     shutil.rmtree(runs / "train/resnet152/imagenet+cd/fold4")
     (runs / "train/resnet152/random/fold1/predictions.csv").write_text("path,label,prediction,p_NGB\nhalf a r")
@@ -303,6 +310,8 @@ def test_all_pictures_load_and_say_what_they_show(browser, page):
     assert all(loaded and source == "data:image/" and alt for loaded, source, alt, _ in pictures)
     where = [section for *_, section in pictures]
     assert {"classes": 1, "calibration": 4, "training": 5, "heatmaps": 1}.items() <= {name: where.count(name) for name in where}.items()
+    text = browser.run("document.getElementById('overlaps').textContent")
+    assert "15 pairs of images show the same piece" in text and "1 groups of exact duplicates" in text and "2 images show a cell" in text
     assert where.count("labels") > 5 and "image not found" in browser.run("document.body.textContent")
 
 
@@ -314,14 +323,14 @@ def test_tables_have_captions_and_headers(browser, page):
         || [...t.tHead.rows[0].cells].some(c => c.scope != "col") || [...t.tBodies[0].rows].some(r => r.cells[0].scope != "row")).map(t => t.outerHTML.slice(0, 300))"""
     assert browser.run(faults) == [] and browser.run("document.querySelectorAll('table').length") >= 8
     links = browser.run("[...document.querySelectorAll('nav a')].map(a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])")
-    assert len(links) == 8 and all(there for _, there in links)
+    assert len(links) == 9 and all(there for _, there in links)
 
 
 def test_progress_and_failures(browser, page):
     """Which folds are finished, which under way, what failed and why, which files can't be right, which image is unreadable."""
     browser.open(page, 1280)
     text = browser.run("document.body.textContent")
-    for part in ("finished: 5 of 5", "finished: 3 of 5", "fold 3 at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
+    for part in ("5 of 5 folds finished", "3 of 5 folds finished", "fold3 at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
                  "<b>torch.OutOfMemoryError</b>: CUDA out of memory", "resnet152/random/fold1/predictions.csv", "BLA/cut_in_half.jpg"):
         assert part in text, part
 
@@ -339,6 +348,55 @@ def test_numbers_are_those_of_the_tables(browser, page):
         assert evaluate.mean_std(row["recall_mean"], row["recall_std"]) in text
     assert "paper 0.689 ± 0.044" in text and "paper 0.503 ± 0.061" in text  # ResNet-152 random; faggot cells
     assert " nan" not in text.lower() and "undefined" not in text
+
+
+def test_the_forest_plot_comes_first(browser, page):
+    """Before any other picture or table: a dot at each row's F1, between the ends of its interval, a diamond at the paper's F1."""
+    browser.open(page, 1280)
+    assert browser.run("document.querySelector('main table, main img').className") == "forest"
+    middle = "(e => { const box = e.getBoundingClientRect(); return [box.left, (box.left + box.right) / 2, box.right] })"
+    ticks = browser.run(f"[...document.querySelectorAll('.axis span')].map(e => [+e.textContent, {middle}(e)[1]])")
+    slope, start = np.polyfit(*zip(*ticks), 1)
+    study = evaluate.read_study(page.parent.parent)
+    table4, paper = evaluate.table4_rows(study), evaluate.read_table4(ROOT / "paper/table4.csv")
+    rows = browser.run(f"""[...document.querySelectorAll('.forest tbody tr')].map(r => ['b', 'i', 'u'].map(
+        name => r.querySelector('.axis ' + name)).map(e => e && {middle}(e)))""")
+    assert len(rows) == len(table4) == 6
+    for row, (dot, diamond, line) in zip(table4, rows):
+        assert dot[1] == pytest.approx(start + slope * row["f1_mean"], abs=1)
+        assert diamond[1] == pytest.approx(start + slope * paper[row["model"], row["init"]]["f1_mean"], abs=1)
+        assert line[0] < dot[1] < line[2] and line[1] == pytest.approx(dot[1], abs=1)
+    text = browser.run("document.querySelector('.forest').textContent")
+    assert "the best" in text and "not significantly different" in text
+
+
+def test_the_interval_is_that_of_the_corrected_t_test():
+    """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 * sqrt(1/3 + 20/64) by hand."""
+    fold = types.SimpleNamespace(confusion=np.diag([10, 10]), train_images=64.0)
+    row = {"model": "m", "init": "i", "f1_mean": 0.6, "f1_fold_std": 0.1}
+    study = evaluate.Study(["a", "b"], np.array([30, 30]), {("m", "i"): dict.fromkeys(range(3), fold)}, [], [])
+    axis = report.add_intervals(study, [row], {("m", "i"): {"f1_mean": 0.95}})
+    assert row["f1_high"] - 0.6 == pytest.approx(0.6 - row["f1_low"]) == pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
+    assert axis.tolist() == [0.2, 1.0]
+
+
+def test_overlaps_are_counted_by_hand(tmp_path):
+    """Images of 100 pixels, so that less than 16 of displacement is the same cell; two folds, of which each image is tested in one."""
+    split = ["path,label,fold0,fold1", "A/a,A,test,train", "B/b,B,train,test", "A/c,A,test,train", "B/d,B,val,test", "A/e,A,test,train",
+             "B/f,B,train,test", "A/g,A,train,test"]
+    (tmp_path / "split.csv").write_text("\n".join(split) + "\n")
+    (tmp_path / "data").mkdir()
+    scan = {"fingerprint": "f1", "sizes": {"100x100": 7, "250x250": 1}, "duplicates": [["A/e", "B/f", "A/g"]]}
+    (tmp_path / "data/bm.json").write_text(json.dumps(scan))
+    pairs = ["first,second,dx,dy,difference,area", "A/a,B/b,9,-12,0.15,0.8", "A/c,B/d,16,0,0.15,0.8"]
+    (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
+    found = report.of_overlaps(tmp_path, "f1")
+    # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
+    assert (found["leaked"], found["twins"], found["tests"], len(found["overlaps"])) == (3, 3, 7, 2)
+    same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
+    assert {path: why for path, why in found["contradicted"].items() if path in same} == same
+    assert {path: label for path, (label, _) in found["contradicted"].items()} == {
+        "A/a": "B", "B/b": "A", "A/e": "B", "B/f": "A", "A/g": "B"}
 
 
 def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
@@ -385,6 +443,8 @@ def test_the_gallery_is_the_head_of_label_issues(browser, page):
     assert len(shown) == 60 and len(rows) > 60
     assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in rows[:60]]
     assert any("\udcff" in row["path"] for row in rows)
+    assert [row["kind"].split(" as ")[0] for row in rows[:3]] == ["exact duplicate", "exact duplicate", "prediction"]
+    assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.CELLS
 
 
 # ---------------------------------------------------------------- partial studies
@@ -404,7 +464,7 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     browser.events.clear()
     browser.open(make_page(runs), 390)
     text = browser.run("document.body.textContent")
-    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "Faggot cells (FGC)", "scc $x$ <i>", "1 of 1"):
+    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "1 of 1"):
         assert part in text, part
     assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
     assert browser.run("document.documentElement.scrollWidth") == 390
