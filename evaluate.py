@@ -3,7 +3,8 @@
     python evaluate.py                              every finished run in runs/, also of an unfinished study
     python evaluate.py --compare paper/table4.csv   also prints the published numbers (or another table4.csv)
 
-Reads runs/train/<model>/<init>/fold<k>/predictions.csv and, where they exist, config.json and runs/split.csv.
+Reads runs/train/<model>/<init>/fold<k>/predictions.csv and, where they exist, config.json, runs/split.csv and
+runs/overlaps.csv.
 Writes runs/results/table4.*, table5_<model>_<init>.*, confusion_<model>_<init>.* and comparisons.csv.
 An invalid file is named on stderr and left out of the tables; the exit status is then 1.
 """
@@ -45,7 +46,7 @@ SETTINGS = ("amp", "batch_size", "data", "epochs", "image_size", "lr", "optimize
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
-Fold = namedtuple("Fold", "confusion scores train_images")
+Fold = namedtuple("Fold", "confusion scores train_images no_overlap", defaults=[None])
 Study = namedtuple("Study", "classes images runs problems notes")
 
 
@@ -143,37 +144,57 @@ def read_split(file):
             raise ValueError("is no table of path,label,fold0,fold1,... with each path once")
         if not np.isin(table[folds], ("train", "val", "test")).all():
             raise ValueError("has folds other than train, val and test")
-        return table.path.tolist(), table.label.tolist(), table[folds].to_numpy()
+        return table.path.tolist(), table.label.tolist(), table[folds].to_numpy(str)
+
+
+def read_overlaps(file, paths, parts):
+    """bool [N, folds]: test images that share pixels with a training image of their fold; a sentence on them.
+
+    Validation images don't count: they chose the epoch, but no weight was fitted to them. ValueError.
+    """
+    with error_context(file):
+        table = pd.read_csv(file, dtype={"first": str, "second": str}, **CSV)
+        if not {"first", "second"} <= set(table):
+            raise ValueError("is no table of first,second,...")
+    pairs = np.stack([pd.Index(paths).get_indexer(table[key]) for key in ("first", "second")])
+    known = pairs[:, (pairs >= 0).all(0)]
+    shared = np.zeros(parts.shape, bool)
+    for test, train in (known, known[::-1]):
+        rows, folds = np.nonzero(parts[train] == "train")
+        shared[test[rows], folds] = True
+    shared &= parts == "test"
+    note = (f"{shared.sum():,} of {(parts == 'test').sum():,} test images share pixels with a training image "
+            f"of their fold ({known.shape[1]:,} pairs); f1_no_overlap and accuracy_no_overlap omit them, "
+            "but don't measure what the overlap does: these may be harder or easier cells.")
+    if len(table) > known.shape[1]:
+        note += f" {len(table) - known.shape[1]:,} pairs are ignored: their images are not in split.csv."
+    return shared, note
 
 
 def read_study(runs):
-    """Study of all finished runs, without invalid files; ValueError if split.csv is invalid.
+    """Study of all finished runs, without invalid files; ValueError if split.csv or overlaps.csv is invalid.
 
     classes list; images int64 [C] of the split (without one, of the run that tested most);
     runs {(model, init): {fold: Fold}}; problems and notes, lists of sentences. Fold: confusion int64 [C,C],
-    rows are labels; scores float64 [3,C] by confusion_scores; train_images float, NaN if unknown.
+    rows are labels; scores float64 [3,C] by confusion_scores; train_images float, NaN if unknown; no_overlap
+    int64 [C,C], the confusion matrix without the images of read_overlaps, or None.
     """
     paths, labels, parts = read_split(Path(runs, "split.csv"))
-    truth, classes, study = pd.Series(labels, paths, dtype=object), [], {}
-    problems, settings, left_out, absent = [], {}, set(), set()
+    truth, shared, classes, study = pd.Series(labels, paths, dtype=object), None, [], {}
+    problems, notes, settings, left_out, absent = [], [], {}, set(), set()
+    if parts is not None and Path(runs, "overlaps.csv").exists():
+        shared, note = read_overlaps(Path(runs, "overlaps.csv"), paths, parts)
+        notes.append(note)
     for run, folds in find_runs(runs).items():
         for k, file in folds.items():
-            config = {}
-            with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
-                config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
             try:
-                one = read_predictions(file)
-                with error_context(file):
-                    check_fold(one, k, classes or one.classes, truth, parts, config)
+                fold, classes, config = read_fold(file, k, classes, truth, parts, shared)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            classes = one.classes
-            confusion = count_confusion(one.labels, one.predictions, len(classes))
-            train_images = np.nan if parts is None else float((parts[:, k] == "train").sum())
-            study.setdefault(run, {})[k] = Fold(confusion, confusion_scores(confusion), train_images)
+            study.setdefault(run, {})[k] = fold
             left_out |= {path for path, _ in config.get("left_out") or ()}
-            absent |= {(k, c) for c in np.flatnonzero(confusion.sum(1) == 0)}
+            absent |= {(k, c) for c in np.flatnonzero(fold.confusion.sum(1) == 0)}
             for key in set(SETTINGS) & set(config):
                 settings.setdefault(key, {}).setdefault(run, set()).add(str(config[key])[:12])
     counts = truth.drop(list(left_out), errors="ignore").value_counts()
@@ -181,28 +202,41 @@ def read_study(runs):
     if parts is None and study:
         tested = [sum(one.confusion.sum(1) for one in folds.values()) for folds in study.values()]
         images = max(tested, key=sum)
-    notes = [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
-             for k, c in sorted(absent)]
+    notes += [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
+              for k, c in sorted(absent)]
     return Study(classes, images, study, problems, notes + setting_notes(settings))
 
 
-def check_fold(one, k, classes, truth, parts, config):
-    """ValueError if Predictions of fold k contradict the split (truth: Series, labels by path) or config."""
-    if one.classes != classes:
-        raise ValueError(f"its {len(one.classes)} classes are not the {len(classes)} of the files before it")
+def read_fold(file, k, classes, truth, parts, shared):
+    """Fold k of a run, its classes, its config.json; ValueError if they contradict each other or the split.
+
+    classes: of the files before, [] for the first; truth: Series of labels by path; shared: of read_overlaps.
+    """
+    one, config, train_images, no_overlap = read_predictions(file), {}, np.nan, None
+    with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
+        config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
     expected = len(one.paths)
-    if parts is not None:
-        if k >= parts.shape[1]:
-            raise ValueError(f"split.csv has no fold{k}")
-        test = truth[parts[:, k] == "test"]
-        wrong = test.reindex(one.paths).to_numpy() != np.array(classes, object)[one.labels]
-        if wrong.any():
-            raise ValueError(f"{wrong.sum()} images are not in the test part of fold{k} with this label, "
-                             f"e.g. {one.paths[wrong.argmax()]!r}")
-        expected = len(test)
-    expected = config.get("test_images", expected)          # fewer than the split's if some can't be read
-    if len(one.paths) != expected:
-        raise ValueError(f"has {len(one.paths)} rows for {expected} test images")
+    with error_context(file):
+        if classes and one.classes != classes:
+            raise ValueError(f"its {len(one.classes)} classes are not the {len(classes)} of files before it")
+        if parts is not None:
+            if k >= parts.shape[1]:
+                raise ValueError(f"split.csv has no fold{k}")
+            where = truth.index.get_indexer(one.paths)
+            wrong = truth.to_numpy()[where] != np.array(one.classes, object)[one.labels]
+            wrong |= (where < 0) | (parts[where, k] != "test")
+            if wrong.any():
+                raise ValueError(f"{wrong.sum()} images are not in the test part of fold{k} with this label, "
+                                 f"e.g. {one.paths[wrong.argmax()]!r}")
+            expected, train_images = ((parts[:, k] == part).sum() for part in ("test", "train"))
+        expected = config.get("test_images", expected)          # fewer than the split's if some can't be read
+        if len(one.paths) != expected:
+            raise ValueError(f"has {len(one.paths)} rows for {expected} test images")
+    confusion = count_confusion(one.labels, one.predictions, len(one.classes))
+    if shared is not None:
+        alone = ~shared[where, k]
+        no_overlap = count_confusion(one.labels[alone], one.predictions[alone], len(one.classes))
+    return Fold(confusion, confusion_scores(confusion), float(train_images), no_overlap), one.classes, config
 
 
 def setting_notes(settings):
@@ -260,6 +294,11 @@ def score_columns(mean, std):
     return columns
 
 
+def accuracy(confusions):
+    """Mean and sample std over confusion matrices of the share that is right."""
+    return moments([np.trace(one) / (one.sum() or np.nan) for one in confusions])
+
+
 def table4_rows(study):
     """One dict a run, keys as in table4.csv, NaN for an empty cell.
 
@@ -268,12 +307,16 @@ def table4_rows(study):
     rows = []
     for (model, init), folds in study.runs.items():
         mean, std = moments([one.scores for one in folds.values()])
-        accuracy = moments([np.trace(one.confusion) / one.confusion.sum() for one in folds.values()])
-        rows.append({"model": model, "init": init, "folds": len(folds),
-                     **score_columns(moments(mean.T)[0], moments(std.T)[0]),
-                     "accuracy_mean": accuracy[0], "accuracy_std": accuracy[1],
-                     "f1_fold_std": moments(macro_f1(folds))[1],
-                     "f1_common": moments(mean[2, study.images >= COMMON])[0]})
+        row = {"model": model, "init": init, "folds": len(folds)}
+        row |= score_columns(moments(mean.T)[0], moments(std.T)[0])
+        row["accuracy_mean"], row["accuracy_std"] = accuracy([one.confusion for one in folds.values()])
+        row["f1_fold_std"] = moments(macro_f1(folds))[1]
+        row["f1_common"] = moments(mean[2, study.images >= COMMON])[0]
+        rest = [one.no_overlap for one in folds.values() if one.no_overlap is not None]
+        if rest:
+            row["f1_no_overlap"] = moments(moments([confusion_scores(one)[2] for one in rest])[0])[0]
+            row["accuracy_no_overlap"] = accuracy(rest)[0]
+        rows.append(row)
     return rows
 
 

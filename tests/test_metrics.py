@@ -302,6 +302,62 @@ def test_without_a_split_the_images_are_those_tested_so_far(tmp_path):
     assert [row["images"] for row in read_csv(tmp_path / "results/table5_m_i.csv")] == ["1", "3"]
 
 
+# ---------------------------------------------------------------- where nothing overlaps
+def overlapping_study(runs, seed=0):
+    """A study with a validation part and pairs of overlapping images; returns what the files say, as dicts and lists."""
+    rng, answers = np.random.default_rng(seed), simulate(runs, COUNTS, {("vit_l_32", "cd"): 0.7, ("resnet152", "cd"): 0.5})
+    split = read_csv(runs / "split.csv")
+    for row in split:
+        row |= {key: "val" for key in row if row[key] == "train" and rng.random() < 0.2}
+    write_csv(runs / "split.csv", [list(split[0]), *(row.values() for row in split)])
+    pairs = [[split[i]["path"] for i in rng.integers(len(split), size=2)] for _ in range(60)] + [["NGB/0.jpg", "gone/1.jpg"]]
+    write_csv(runs / "overlaps.csv", [["first", "second", "dx", "dy", "difference", "area"], *([*pair, 3, -4, 0.2, 0.5] for pair in pairs)])
+    return split, pairs, answers
+
+
+def test_scores_where_nothing_overlaps_are_those_of_the_images_without_a_partner_in_training(tmp_path):
+    """By hand, image by image: partners in the fold's validation part don't count, and neither do images the split has not."""
+    split, pairs, answers = overlapping_study(tmp_path)
+    status, out, err = command("--runs", tmp_path)
+    assert (status, err) == (0, "")
+    left_out = 0
+    for run in (("resnet152", "cd"), ("vit_l_32", "cd")):
+        f1, accuracies = {name: [] for name in COUNTS}, []
+        for k in range(5):
+            part = {row["path"]: row[f"fold{k}"] for row in split}
+            shared = {one for pair in pairs for one, other in (pair, pair[::-1]) if part.get(other) == "train"}
+            tested = [path for path in part if part[path] == "test"]
+            kept = [(label, guess) for path, label, guess in zip(tested, *answers[run, k]) if path not in shared]
+            left_out += len(tested) - len(kept)
+            labels, guesses = zip(*kept)
+            present = sorted(set(labels))
+            accuracies.append(accuracy_score(labels, guesses))
+            for name, value in zip(present, f1_score(labels, guesses, labels=present, average=None, zero_division=0)):
+                f1[name].append(value)
+        row = next(row for row in read_csv(tmp_path / "results/table4.csv") if (row["model"], row["init"]) == run)
+        assert list(row) == [*TABLE4, "f1_no_overlap", "accuracy_no_overlap"]
+        assert number(row["f1_no_overlap"]) == pytest.approx(mean(map(mean, f1.values())), rel=1e-5) != number(row["f1_mean"])
+        assert number(row["accuracy_no_overlap"]) == pytest.approx(mean(accuracies), rel=1e-5) != number(row["accuracy_mean"])
+    assert left_out > 40 and f"{left_out // 2} of {len(split)} test images share pixels with a training image" in out
+    assert "(60 pairs)" in out and "1 pairs are ignored" in out
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
+def test_an_invalid_list_of_overlaps_ends_it_in_one_line(tmp_path, content):
+    overlapping_study(tmp_path)
+    (tmp_path / "overlaps.csv").write_text(content)
+    status, out, err = command("--runs", tmp_path)
+    assert (status, out) == (1, "") and err.startswith(f"{tmp_path / 'overlaps.csv'}: ") and err.count("\n") == 1
+
+
+def test_no_overlap_anywhere_leaves_the_scores_as_they_are(tmp_path):
+    overlapping_study(tmp_path)
+    (tmp_path / "overlaps.csv").write_text("first,second,dx,dy,difference,area\n")
+    assert command("--runs", tmp_path)[0] == 0
+    for row in read_csv(tmp_path / "results/table4.csv"):
+        assert (row["f1_no_overlap"], row["accuracy_no_overlap"]) == (row["f1_mean"], row["accuracy_mean"])
+
+
 def cells_of(text):
     """Rows of the tables in a Markdown text, as lists of cells."""
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]

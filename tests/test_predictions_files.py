@@ -203,7 +203,7 @@ def rows_of(file):
 def test_another_set_of_classes(runs):
     """The first file's are the study's."""
     file = write_predictions(runs, BAD, 1, rows_of(file_of(runs)), [*COUNTS, "ABE"])
-    assert_left_out(runs, file, "its 4 classes are not the 3 of the files before it")
+    assert_left_out(runs, file, "its 4 classes are not the 3 of files before it")
 
 
 def test_a_label_that_differs_from_the_split(runs):
