@@ -23,15 +23,21 @@ import re
 import shutil
 import signal
 import sys
+import unicodedata
 import warnings
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+IMAGE_TYPES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .jp2 .j2k .pbm .pgm .ppm .pnm".split()
+OTHER_TYPES = (".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .exr .dng .cr2 .nef .svs .ndpi .mrxs "
+               ".scn .czi .lif .nd2 .vsi .dcm .npy .mat").split()  # pictures that are not read
+PACKED = ".zip .tar .gz .tgz .7z .rar".split()
+SYSTEM = "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found thumbs thumbnails".split()
+OUTPUT = ["split.csv", "overlaps.csv", "predictions.csv", "data/*.json", "train/*/*/fold*", "pretrain/*/*/*"]
 # class order of Table 5; other data sets are in alphabetical order
 BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
 PAPER = {  # Tables 1 and 2: images, classes, channel mean, channel std
@@ -44,7 +50,7 @@ SOURCES = {
     "cd": "Comparison Detector, github.com/kuku-sichuan/ComparisonDetector",
     "pcam": "PatchCamelyon's six HDF5 files, github.com/basveeling/pcam",
 }
-PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "images", "annotations"}
+PARTS = set("train training test testing val valid validation image images mask masks annotations".split())
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
 ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams: numpy pads short keys with zeros
@@ -54,19 +60,45 @@ WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts
 
 
 # ---------------------------------------------------------------- images
-def read_image(file):
-    """Decode an image file to uint8 RGB [H,W,3]: grey, palette, alpha, CMYK, 16 bits too; turned by EXIF.
+def read_image(file, turn=True):
+    """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it cannot be read.
 
-    ValueError with one line if it cannot be read. OpenCV bears some damage: check_dataset judges strictly.
+    Grey, palette and CMYK become RGB, transparent pixels black; of several pages the first is read. 16 bits
+    are scaled by the file's depth: the smallest of 8, 10, 12, 14, 16 bits that holds its brightest value.
     """
     try:
-        data = np.fromfile(file, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
-    except (OSError, cv2.error) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
-    if image is None:
-        raise ValueError(f"{file}: {'not an image that can be decoded' if data.size else 'an empty file'}")
-    return image
+        return decode(np.fromfile(file, np.uint8), turn)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def decode(data, turn=True):
+    """read_image of a file's bytes, uint8 [N]: (image, [what about it the user should know])."""
+    if not data.size:
+        raise ValueError("an empty file")
+    image, oddities, flags = None, [], cv2.IMREAD_COLOR_RGB
+    try:
+        if data[:2].tobytes() != b"\xff\xd8":  # no JPEG; Pillow looks at the header alone
+            picture, flags = Image.open(io.BytesIO(data)), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+            if getattr(picture, "n_frames", 1) > 1:
+                oddities.append("hold several pages, of which the first is read")
+            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+                oddities.append("have an alpha channel: what is transparent is black")
+                picture = ImageOps.exif_transpose(picture) if turn else picture
+                image = np.asarray(picture.convert("RGBA"))
+                image = np.uint8(np.rint(image[..., :3] * (image[..., 3:] / 255)))
+        if image is None:
+            image = cv2.imdecode(data, flags if turn else flags | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = image if flags == cv2.IMREAD_COLOR_RGB else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    except (OSError, cv2.error):
+        image = None
+    if image is not None and image.dtype == np.uint16:
+        depth = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 2**bits)
+        oddities.append(f"hold {depth} bits a channel in 16, of which the upper 8 are read")
+        image = np.uint8(image >> (depth - 8))
+    if image is None or image.dtype != np.uint8:
+        raise ValueError("not an image that can be decoded")
+    return image, oddities
 
 
 def resize(image, size, width=None):
@@ -168,41 +200,56 @@ def open_dataset(path):
         raise SystemExit(f"{path or repr(path)}: {what}; {source} (synthetic cells: bash run_all.sh --demo)")
     name = folder.resolve().name
     try:
-        folder = descend(folder, (*IMAGE_TYPES, ".json", ".h5", ".gz"))[0]
-        if any(folder.glob("camelyonpatch_level_2_split_*.h5*")):
+        folder = descend(folder, [*IMAGE_TYPES, *PACKED, ".json", ".h5"])[0]
+        if any(folder.glob("camelyonpatch_level_2_split_*")):
             return open_pcam(folder, name)
-        coco = {file: content for file in sorted(folder.glob("*.json")) if (content := read_coco(file))}
+        coco = {file: content for file in sorted(folder.glob("[!.]*.json")) if (content := read_coco(file))}
         return open_coco(folder, name, coco) if coco else open_classes(folder, name)
     except OSError as error:
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise SystemExit(f"{why}; make it readable (and writable, for a COCO set's crops)") from None
 
 
+def list_folder(folder):
+    """Names of a folder's (folders, files), without hidden and system ones, and output of these scripts."""
+    names = [name for name in sorted(os.listdir(folder)) if name[0] != "." and name.lower() not in SYSTEM]
+    below = [name for name in names if os.path.isdir(f"{folder}/{name}")]
+    return [name for name in below if not is_output(f"{folder}/{name}")], sorted({*names} - {*below})
+
+
+def is_output(folder):
+    """Does a folder look like a runs folder, or like one that predict.py wrote?"""
+    return any(any(pathlib.Path(folder).glob(pattern)) for pattern in OUTPUT)
+
+
 def find_images(folder):
     """(sorted relative paths of the images below a folder, {ending: number} of pictures of types not read).
 
-    Links are followed, each folder is entered once and none above it: loops end. Hidden ones are left out.
+    Links are followed, each folder is entered once and none above it: loops end.
     """
     found, unread, pending, start = [], collections.Counter(), [""], pathlib.Path(folder)
     visited = {*map(os.path.realpath, start.absolute().parents), *map(str, start.resolve().parents)}
     while pending:
         inside = pending.pop()
         real = os.path.realpath(start / inside)
-        for entry in () if real in visited else os.scandir(real):
-            if os.path.isdir(entry.path) and not entry.name.startswith("."):
-                pending.append(f"{inside}{entry.name}/")
-            elif entry.name.lower().endswith(IMAGE_TYPES) and not entry.name.startswith("."):
-                found.append(inside + entry.name)
+        below, files = list_folder(real) if real not in visited else ([], [])
         visited.add(real)
+        pending += [f"{inside}{name}/" for name in below]
+        found += [inside + name for name in files if ending(name) in IMAGE_TYPES]
+        unread.update(ending(name) for name in files if ending(name) in OTHER_TYPES)
     return sorted(found), unread
+
+
+def ending(name):
+    """A file name's ending in small letters, with its dot."""
+    return os.path.splitext(name)[1].lower()
 
 
 def descend(folder, endings):
     """Go down while a folder holds one folder and no such file: (folder, its folders' names, such files)."""
     while True:
-        visible = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
-        below = sorted(entry.name for entry in visible if entry.is_dir())
-        files = [entry for entry in visible if entry.name.lower().endswith(endings) and not entry.is_dir()]
+        below, files = list_folder(folder)
+        files = [name for name in files if ending(name) in endings]
         if len(below) != 1 or files:
             return folder, below, files
         folder = folder / below[0]
@@ -211,22 +258,54 @@ def descend(folder, endings):
 def open_classes(folder, name, notes=()):
     """A folder of class folders, however deep: goes down while a folder holds one folder and no image."""
     root, below, stray = descend(folder, IMAGE_TYPES)
-    images = {label: find_images(root / label)[0] for label in below}
-    classes, notes = [label for label in below if images[label]], list(notes)
-    notes += [f"class folder {label} holds no image: left out" for label in below if not images[label]]
+    found = {label: find_images(root / label) for label in below}
+    images = {label: paths for label, (paths, _) in found.items() if paths}
+    classes = sorted(images, key=BM_CLASSES.index) if {*images} <= {*BM_CLASSES} else list(images)
+    if len(classes) < 2:
+        packed = [name for name in list_folder(root)[1] if ending(name) in PACKED]
+        advice = f"unpack {packed[0]}" if packed else "one folder a class, of jpg, png, ..."
+        what = f"{len(classes)} class folder(s) with images and {len(stray)} images outside any (in {root})"
+        raise SystemExit(f"{folder}: {what}; at least 2 are needed: {advice}")
+    refuse_parts(root, images)
+    notes = [*notes, *(f"class folder {x} holds no image: left out" for x in below if x not in images)]
+    notes += [f"{place} is output of these scripts: left out" for place in root.iterdir() if is_output(place)]
     if stray:
         notes.append(f"{len(stray)} images lie in {root} outside any class folder: left out")
-    if len(classes) < 2:
-        found = f"{len(classes)} class folder(s) with images and {len(stray)} images outside any (in {root})"
-        raise SystemExit(f"{folder}: {found}; at least 2 are needed: one folder a class, of jpg, png, ...")
-    if {label.lower() for label in classes} <= PARTS:
-        raise SystemExit(f"{root}: {' and '.join(classes)} are parts of a data set, not classes; name one of "
-                         "them, or put the JSON files of a COCO set beside its image folders")
-    if set(classes) <= set(BM_CLASSES):
-        classes.sort(key=BM_CLASSES.index)
+    if unread := sum((counts for _, counts in found.values()), collections.Counter()):
+        types = ", ".join(f"{number} {ending}" for ending, number in unread.most_common())
+        notes.append(f"{unread.total()} pictures of types that are not read: left out ({types})")
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
+    alike = find_alike(classes, lambda name: "".join(name.casefold().split())) + find_alike(paths)
+    notes += [f"names that are almost the same: {', '.join(map(repr, names))}" for names in alike]
     counts = [len(images[label]) for label in classes]
     return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), counts), notes)
+
+
+def find_alike(names, key=str):
+    """Groups of names of the same key in one Unicode form (umlauts are one character or two, as on a Mac)."""
+    groups = collections.defaultdict(list)
+    for name in names:
+        groups[key(unicodedata.normalize("NFC", name))].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def refuse_parts(root, images):
+    """SystemExit if folders {name: image paths} are parts of a data set: by name, or all hold the same folders.
+
+    Classes may hold number ranges (TCIA's 0001-1000), parts, or, some more and some fewer, names with digits,
+    which may be patients.
+    """
+    words = {name: {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name) if w[1:]} for name in images}
+    parts = [name for name, some in words.items() if some & PARTS and some <= PARTS | {"simple", "set"}]
+    below = [{path.split("/")[0] for path in paths if "/" in path} for paths in images.values()]
+    most = max(below, key=len)
+    number = r"\d+-\d+" if all(some == most for some in below) else r".*\d.*"
+    fine = any(re.fullmatch(number, name) for name in most) or {name.lower() for name in most} <= PARTS
+    if len(parts) > 1 or all(len(some) > 1 and some <= most for some in below) and not fine:
+        why = " and ".join(list(images)[:3]) + " look like parts of a data set, not classes"
+        inside = f" (each holds {', '.join(sorted(most)[:3])})" if most else ""
+        raise SystemExit(f"{root}: {why}{inside}; name one with --data, or put a COCO set's JSON files beside "
+                         "its image folders. If they are classes, put their images right into their folders")
 
 
 def read_coco(file):
@@ -273,21 +352,19 @@ def crop_boxes(folder, coco, part):
         for box in content["annotations"]:
             boxes[box["image_id"]].append(box)
         for image in tqdm(content["images"], desc=f"{file}: cropping cells", unit="image", disable=None):
-            name, parents = image["file_name"], (folder, folder / file.stem)
+            name, parents = image["file_name"].replace("\\", "/"), (folder, folder / file.stem)
             places = [place / name for parent in parents for place in (parent, parent / "images")]
             place = next(filter(pathlib.Path.is_file, places), places[0])
             stem = clean(pathlib.PurePath(name).with_suffix(""))
             if owner.setdefault(stem, place) != place:  # another picture has that name
                 stem = f"{file.stem}-{stem}"
-            try:
-                picture = read_image(place)
-            except ValueError:
-                picture = None
+            picture, problem = open_picture(place, image.get("width"), image.get("height"))
             for box in boxes.pop(image["id"], ()):
-                label, (crop, why) = labels.get(box["category_id"]), cut_box(picture, box.get("bbox") or [])
-                key = (place, label, str(box.get("bbox")))
+                area = box.get("bbox") or bounds(box.get("segmentation"))
+                label, (crop, why) = labels.get(box["category_id"]), cut_box(picture, area)
+                key = (place, label, str(area))
                 if why or label is None or key in taken:
-                    dropped[why or ("of an unknown category" if label is None else "listed twice")] += 1
+                    dropped[problem or why or ("listed twice" if label else "of an unknown category")] += 1
                     continue
                 cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
                 cell += f"-{len(taken)}" * (cell in taken)
@@ -304,12 +381,28 @@ def clean(name):
     return str(name).replace("/", "-").strip(". ") or "unnamed"
 
 
+def open_picture(file, width, height):
+    """A COCO set's picture and None, or None and why. Boxes mean pixels as stored, not turned by EXIF, unless
+    the JSON's size says otherwise."""
+    try:
+        sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
+    except ValueError:
+        return None, "their image is missing or unreadable; once it is there, remove .crops"
+    picture = sizes.get((width, height)) if width and height else [*sizes.values()][-1]
+    return picture, None if picture is not None else "their image is not of the size that the JSON says"
+
+
+def bounds(polygons):
+    """The box (x, y, width, height) around COCO's polygons [[x, y, x, y, ...]], or [] if there are none."""
+    points = [v for polygon in polygons for v in polygon] if isinstance(polygons, list) else []
+    x, y = points[::2] or [0], points[1::2] or [0]
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
 def cut_box(picture, box):
     """A picture's pixels in a COCO box (x, y, width, height), clipped: (crop, None) or (None, why none)."""
-    if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 1:
+    if picture is None or len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 1:
         return None, "width or height of 1 or less, no cell"
-    if picture is None:
-        return None, "their image is missing or unreadable; once it is there, remove .crops"
     x, y, w, h = box
     crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
     return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
@@ -317,21 +410,22 @@ def cut_box(picture, box):
 
 def open_pcam(folder, name):
     """PatchCamelyon's HDF5 files; paths are train/17, valid/3, test/5. Only the labels are read now."""
-    import h5py
     paths, parts, targets = [], [], []
     for part, short in (("train", "train"), ("valid", "val"), ("test", "test")):
         files = [folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy"]
         if part == "test" and not any(file.exists() for file in files):
             continue  # nothing here uses the test part
         try:
-            with h5py.File(files[0]) as x, h5py.File(files[1]) as y:
-                labels, shape = y["y"][()].reshape(-1), x["x"].shape
+            x, y = (open_hdf5(str(file), os.getpid()) for file in files)
+            labels, shape = y["y"][()].reshape(-1), x["x"].shape
         except (OSError, KeyError, AttributeError, TypeError) as error:
-            missing = [file.name for file in files if not file.exists()]
-            why = f"{missing[0]} is missing" if missing else f"{error}".splitlines()[0]
+            missing = [file for file in files if not file.exists()]
+            why = f"{missing[0].name} is missing" if missing else f"{error}".splitlines()[0]
             advice = f"fetch {files[0].name} and {files[1].name} again"
-            if any(folder.glob("*.h5.gz")):
-                advice = f"unpack it: gunzip {folder}/*.gz"
+            for found in sorted(folder.glob(f"{missing[0].stem}*")) if missing else ():
+                advice = f"rename {found.name} to {missing[0].name}"
+                if found.name.endswith(".gz"):
+                    advice = f"unpack it: gunzip {found}"
             raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
         if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
             raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
@@ -343,18 +437,22 @@ def open_pcam(folder, name):
     return Cells(folder, name, ["normal", "tumour"], paths, np.concatenate(targets), read=read, parts=parts)
 
 
-@functools.lru_cache(maxsize=8)
-def open_patches(file, process):
-    """The patches of an HDF5 file, opened once in each process, since handles don't survive a fork."""
+@functools.lru_cache(maxsize=12)
+def open_hdf5(file, process):
+    """An HDF5 file, opened once in each process, since handles don't survive a fork."""
     import h5py
-    return h5py.File(file, "r")["x"]
+    try:
+        return h5py.File(file, "r")
+    except OSError:  # reading needs no lock, which a file system may not have, or another program
+        return h5py.File(file, "r", locking=False)
 
 
 def read_patch(folder, path):
     """Patch 'train/17' as uint8 RGB [96,96,3]; ValueError if it is damaged."""
     part, index = path.split("/")
     try:
-        return open_patches(f"{folder}/camelyonpatch_level_2_split_{part}_x.h5", os.getpid())[int(index)]
+        file = open_hdf5(f"{folder}/camelyonpatch_level_2_split_{part}_x.h5", os.getpid())
+        return file["x"][int(index)]
     except OSError as error:
         raise ValueError(f"{folder}, patch {path}: {str(error).splitlines()[0]}") from None
 
@@ -479,19 +577,21 @@ def fingerprint(cells):
 
 
 def inspect(cells, index):
-    """One image, judged strictly: (None or why unreadable, SHA-1, (height, width), histogram [3,256])."""
+    """One image, judged strictly: (None or why not, SHA-1, (height, width), histogram [3,256], oddities)."""
     try:
-        if cells.files is not None:
+        if cells.files is None:
+            image, oddities = cells[index], []
+            content = image.tobytes()
+        else:
             content = pathlib.Path(cells.files[index]).read_bytes()
             Image.open(io.BytesIO(content)).load()  # raises on a file cut short, which OpenCV may decode
-        image = cells[index]
+            image, oddities = decode(np.frombuffer(content, np.uint8))
     except Exception as error:  # Pillow's decoders raise all sorts
         text = str(error).split(" <_io.")[0].splitlines()  # without the address of a buffer
-        return f"{type(error).__name__}: {text[0] if text else 'unreadable'}", None, None, None
-    digest = hashlib.sha1(image.tobytes() if cells.files is None else content).digest()
+        return f"{type(error).__name__}: {text[0] if text else 'unreadable'}", None, None, None, []
     small = resize(image, STATISTICS_SIZE)
     histogram = [np.bincount(small[..., channel].ravel(), minlength=256) for channel in range(3)]
-    return None, digest, image.shape[:2], np.array(histogram)
+    return None, hashlib.sha1(content).digest(), image.shape[:2], np.array(histogram), oddities
 
 
 def inspect_all(cells, workers=None):
@@ -509,38 +609,42 @@ def check_dataset(cells, runs="runs", workers=None):
 
     Returns a dict: fingerprint, classes, counts, mean and std (per channel, of resized pixels in [0,1], each
     readable image counting equally; of official parts, train's), sizes, unreadable [[path, why]], duplicates
-    [[paths of equal content]], across_classes (how many of those differ in class), notes.
-    Exact sums of integers: the same on any machine, in constant memory.
+    [[paths of equal content]], across_classes (how many of them differ in class), notes. Sums of integers:
+    the same on any machine.
     """
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
     with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
-        if info.get("fingerprint") == stamp:
+        if info.get("fingerprint") == stamp and info["notes"][:len(cells.notes)] == cells.notes:
             return info
-        total, unreadable, sizes, same = np.zeros((3, 256), np.int64), [], collections.Counter(), {}
-        for index, (why, digest, shape, histogram) in enumerate(inspect_all(cells, workers)):
+        total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()
+        same, odd = collections.defaultdict(list), collections.defaultdict(list)
+        for index, (why, digest, shape, histogram, oddities) in enumerate(inspect_all(cells, workers)):
             if why:
                 unreadable.append([str(cells.paths[index]), why])
                 continue
-            same.setdefault(digest, []).append(index)
+            same[digest].append(index)
             sizes["{1}x{0}".format(*shape)] += 1
+            for what in oddities:
+                odd[what].append(index)
             if cells.parts is None or cells.parts[index] == "train":
                 total += histogram
         if not total.any():
             examples = "; ".join(": ".join(found) for found in unreadable[:1])
             raise SystemExit(f"{cells.root}: none of {len(cells)} images can be read, e.g. {examples}")
-        groups, notes = [group for group in same.values() if len(group) > 1], list(cells.notes)
         level, pixels = np.arange(256) / 255, total.sum(1)
         mean = total @ level / pixels
         variance = total @ level**2 / pixels - mean**2
+        notes = [f"{len(odd[what])} images {what}, e.g. {cells.paths[odd[what][0]]}" for what in sorted(odd)]
         if (variance < 1e-9).any():  # an empty channel, say: normalised to 0, not to NaN
             notes.append("a colour channel has one value in all images: its standard deviation is taken as 1")
+        twins = [group for group in same.values() if len(group) > 1]
         info = {"name": cells.name, "root": str(cells.root), "fingerprint": stamp, "classes": cells.classes,
                 "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(),
                 "mean": mean.tolist(), "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
-                "sizes": dict(sizes.most_common()), "unreadable": unreadable, "notes": notes,
-                "duplicates": [[str(cells.paths[i]) for i in group] for group in groups],
-                "across_classes": sum(len(set(cells.targets[group])) > 1 for group in groups)}
+                "sizes": dict(sizes.most_common()), "unreadable": unreadable, "notes": cells.notes + notes,
+                "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
+                "across_classes": sum(len(set(cells.targets[group])) > 1 for group in twins)}
         with open_atomic(file, "w") as handle:
             json.dump(info, handle, indent=1)
     return info

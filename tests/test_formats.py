@@ -5,6 +5,7 @@ SciPy's softmax and from what was written into a table.
 """
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -164,6 +165,60 @@ def test_a_second_json_over_the_same_pictures_counts_no_box_twice(tmp_path):
     assert set(cells.groups) == {"one", "two"}
 
 
+def save_turned(file, stored, orientation):
+    """A picture whose EXIF says that it is to be turned, in a format that keeps every pixel."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(stored).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_boxes_are_of_the_picture_as_stored_unless_its_size_says_otherwise(tmp_path, orientation):
+    """By the JSON of 80 x 60 the boxes were drawn on the stored picture; by one of 60 x 80 on the one that viewers turn."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    save_turned(tmp_path / "cd/one.png", picture(5), orientation)
+    shown = np.rot90(picture(5), {3: 2, 6: 3, 8: 1}[orientation])
+    assert np.array_equal(datasets.read_image(tmp_path / "cd/one.png"), shown)
+    found = crops(datasets.open_dataset(tmp_path / "cd"))
+    assert np.array_equal(found["hsil", "one_1.png"], picture(5)[20:45, 10:40])
+    if orientation != 3:
+        shutil.rmtree(tmp_path / "cd/.crops")
+        file = tmp_path / "cd/all.json"
+        file.write_text(file.read_text().replace('"width": 80, "height": 60', '"width": 60, "height": 80'))
+        found = crops(datasets.open_dataset(tmp_path / "cd"))
+        assert np.array_equal(found["hsil", "one_1.png"], shown[20:45, 10:40])
+
+
+def test_pictures_of_another_size_than_the_json_says(tmp_path):
+    """One of two: its boxes are dropped aloud; all of them: nothing is opened."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)}, BOXES + [(4, 2, 3, [1, 1, 9, 9])])
+    Image.fromarray(picture(6)).resize((40, 30)).save(tmp_path / "cd/two.png")
+    cells = datasets.open_dataset(tmp_path / "cd")
+    assert len(cells) == 3 and cells.notes == ["1 boxes dropped: their image is not of the size that the JSON says"]
+    shutil.rmtree(tmp_path / "cd/.crops")
+    Image.fromarray(picture(5)).resize((160, 120)).save(tmp_path / "cd/one.png")
+    with pytest.raises(SystemExit, match=r"^[^\n]*no box can be cropped \(4 boxes dropped: their image is not of the size[^\n]*$"):
+        datasets.open_dataset(tmp_path / "cd")
+
+
+def test_what_annotation_programs_write(tmp_path):
+    """Polygons without a box, a run-length mask without one, Windows' backslashes, images without a size, a Mac's ._all.json."""
+    folder = tmp_path / "cd"
+    write_coco(folder, "all", {1: ("sub/one.png", 5)}, BOXES)
+    content = json.loads((folder / "all.json").read_text())
+    content["images"] = [{"id": 1, "file_name": "sub\\one.png"}]
+    for number, shape in ((1, [[10, 20, 40, 20, 25, 45]]), (2, [[0, 0, 70, 0, 70, 10], [60, 10, 80, 60, 0, 60]]), (3, {"counts": "a1", "size": [60, 80]})):
+        del content["annotations"][number - 1]["bbox"]
+        content["annotations"][number - 1]["segmentation"] = shape
+    (folder / "all.json").write_text(json.dumps(content))
+    (folder / "._all.json").write_bytes(b"\0\5\26\7no JSON")
+    cells = datasets.open_dataset(folder)
+    found = crops(cells)
+    assert np.array_equal(found["hsil", "sub-one_1.png"], picture(5)[20:45, 10:40])
+    assert np.array_equal(found["lsil", "sub-one_2.png"], picture(5))
+    assert len(found) == 2 and cells.notes == ["1 boxes dropped: width or height of 1 or less, no cell"]
+
+
 @pytest.mark.parametrize("inside", ["ComparisonDetectorDataset", "download/ComparisonDetectorDataset"])
 def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
     """COCO and HDF5 files one or two folders down: the same images and the same name as at the root."""
@@ -176,18 +231,64 @@ def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
         assert (deep.name, deep.classes, deep.paths.tolist()) == (flat.name, flat.classes, flat.paths.tolist())
 
 
-@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "Valid", "TEST"), ("annotations", "images")])
-def test_parts_of_a_data_set_are_no_classes(tmp_path, parts):
-    for part in parts:
-        (tmp_path / part).mkdir()
-        Image.fromarray(picture(1)).save(tmp_path / part / "one.png")
-    with pytest.raises(SystemExit, match="parts of a data set, not classes"):
+PARTS = {
+    "names": ["train/1.png", "test/1.png"], "capitals": ["Train/1.png", "Valid/1.png", "TEST/1.png"],
+    "COCO's": ["annotations/1.png", "images/1.png"], "masks": ["images/1.png", "masks/1.png", "readme/1.png"],
+    "numbered": ["trainA/1.png", "testA/1.png", "test_simple/1.png"],
+    "whatever the names": ["A/eos/1.png", "A/lyt/1.png", "B/eos/1.png", "B/lyt/1.png"],
+    "grades": ["north/G1/1.png", "north/G2/1.png", "south/G1/1.png", "south/G2/1.png"],
+    "Raabin": [f"{part}/{label}/1.png" for part in ("TestA", "Train") for label in ("Eosinophil", "Lymphocyte", "Monocyte")]
+    + ["TestB/Lymphocyte/1.png", "TestB/Monocyte/1.png"],
+    "a smaller one": ["one/eos/1.png", "one/lyt/1.png", "one/mon/1.png", "two/eos/1.png", "two/lyt/1.png"]}
+CLASSES = {
+    "TCIA": ["LYT/0001-1000/1.png", "LYT/1001-2000/2.png", "EOS/0001-1000/3.png", "EOS/1001-2000/4.png"],
+    "a class of TCIA twice": ["LYT/0001-1000/1.png", "ABE/0001-1000/2.png"],
+    "patients": ["LYT/patient1/1.png", "LYT/patient2/1.png", "LYT/patient3/1.png", "EOS/patient1/1.png", "EOS/patient3/1.png"],
+    "parts below": ["LYT/train/1.png", "LYT/test/1.png", "EOS/train/1.png", "EOS/test/1.png"],
+    "one folder below": ["LYT/jpg/1.png", "EOS/jpg/1.png"], "some below": ["LYT/a/1.png", "LYT/b/1.png", "EOS/1.png"],
+    "a test": ["test/1.png", "control/1.png"], "other folders": ["LYT/a/1.png", "LYT/b/1.png", "EOS/c/1.png", "EOS/d/1.png"]}
+
+
+def touch(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    touch(tmp_path, names)
+    with pytest.raises(SystemExit, match=r"^[^\n]*look like parts of a data set, not classes[^\n]*--data[^\n]*$"):
         datasets.open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("names", CLASSES.values(), ids=CLASSES)
+def test_classes_that_hold_folders_are_classes(tmp_path, names):
+    touch(tmp_path, names)
+    cells = datasets.open_dataset(tmp_path)
+    assert sorted(cells.classes) == sorted({name.split("/")[0] for name in names}) and sorted(cells.paths) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["PKG - Bone-Marrow-Cytomorphology.zip", "BM.tar", "cells.tar.gz"])
+def test_a_packed_data_set_is_to_be_unpacked(tmp_path, name):
+    (tmp_path / "bm").mkdir()
+    (tmp_path / "bm" / name).touch()
+    with pytest.raises(SystemExit, match=rf"^[^\n]*unpack {name}$"):
+        datasets.open_dataset(tmp_path / "bm")
+
+
+@pytest.mark.parametrize("name", ["camelyonpatch_level_2_split_valid_y.h5-002", "camelyonpatch_level_2_split_valid_y (1).h5"])
+def test_a_browsers_name_of_a_patch_file_is_said(tmp_path, name):
+    write_pcam(tmp_path / "pcam")
+    (tmp_path / "pcam/camelyonpatch_level_2_split_valid_y.h5").rename(tmp_path / "pcam" / name)
+    with pytest.raises(SystemExit) as ended:
+        datasets.open_dataset(tmp_path / "pcam")
+    assert f"split_valid_y.h5 is missing); rename {name} to camelyonpatch_level_2_split_valid_y.h5" in str(ended.value)
 
 
 def test_packed_files_are_to_be_unpacked(tmp_path):
     (tmp_path / "camelyonpatch_level_2_split_train_x.h5.gz").write_bytes(b"")
-    with pytest.raises(SystemExit, match="gunzip"):
+    with pytest.raises(SystemExit, match=r"unpack it: gunzip [^ ]*train_x.h5.gz$"):
         datasets.open_dataset(tmp_path)
 
 
@@ -324,6 +425,35 @@ def test_a_patch_that_is_damaged_is_left_out(tmp_path):
         cells[int(chunk.chunk_offset[0])]
 
 
+def test_patches_on_a_mount_that_is_read_only_or_has_no_locks(tmp_path, monkeypatch):
+    """HDF5's own lock is refused, as on such mounts: everything is read all the same."""
+    patches, plain, refused = write_pcam(tmp_path / "pcam"), h5py.File, []
+
+    def without_locks(name, mode="r", locking=None, **options):
+        if locking is not False:
+            refused.append(name)
+            raise BlockingIOError(11, "unable to lock file, errno = 11, error message = 'No locks available'")
+        return plain(name, mode, locking=locking, **options)
+    monkeypatch.setattr(h5py, "File", without_locks)
+    assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+    assert refused
+
+
+def test_a_file_system_without_locks_is_said_once_by_the_files_name(tmp_path, monkeypatch, capsys):
+    """ENOLCK from lockf: what the lock protects goes on; any other error of it does not."""
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(datasets.fcntl, "lockf", refuse)
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP):
+        with datasets.file_lock(tmp_path / "a/some.lock"):
+            pass
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{tmp_path}/a/some.lock: no locks on this file system" in said
+    number = errno.EIO
+    with pytest.raises(OSError), datasets.file_lock(tmp_path / "a/some.lock"):
+        pass
+
+
 HOLDER = """
 import h5py, sys
 file = h5py.File(sys.argv[1], sys.argv[2])
@@ -335,17 +465,12 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_a_file_that_another_program_has_open(tmp_path, mode):
-    """For reading: nothing is in the way. For writing: one line, and all is well when that program has ended."""
+    """For reading or for writing, when it holds a lock: reading needs none."""
     patches = write_pcam(tmp_path / "pcam")
     command = [sys.executable, "-c", HOLDER, str(file_of(tmp_path / "pcam", "train", "x")), mode]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "open\n"
-        if mode == "r":
-            assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
-        else:
-            with pytest.raises(SystemExit, match=r"^[^\n]*the train part cannot be read[^\n]*lock[^\n]*$"):
-                datasets.open_dataset(tmp_path / "pcam")
-    assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+        assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
 
 
 def test_patches_reach_every_process_by_a_fork_or_a_pickle(tmp_path):

@@ -86,18 +86,23 @@ EXACT = {
     "bits.bmp": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
     "bits.tif": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
     "palette.png": (saved(PALETTE), FIFTY), "palette.bmp": (saved(PALETTE), FIFTY), "palette.tif": (saved(PALETTE), FIFTY),
-    "palette with a transparent colour.png": (saved(PALETTE, transparency=3), FIFTY),
-    "alpha.png": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
+    "palette with a transparent colour.png": (saved(PALETTE, transparency=3), np.where(np.asarray(PALETTE)[..., None] == 3, 0, FIFTY)),
     "alpha.bmp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
     "opaque.tif": (saved(with_alpha(PICTURE, 255)), COLOURS),
-    "grey and alpha.png": (saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))), three(GREY)),
     "one pixel.png": (saved(PICTURE.crop((3, 4, 4, 5))), COLOURS[4:5, 3:4]),
     "one row.png": (saved(PICTURE.crop((0, 4, 40, 5))), COLOURS[4:5]),
     "animated.png": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (40, 32)), PICTURE.rotate(180)]), COLOURS),
     "pages.tif": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (9, 9)), PICTURE.rotate(180)]), COLOURS),
     "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS), "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS),
 }
-CLOSE = {  # one level for the rounding of 16 bits to 8, two for CMYK; JPEG's decoder is the same in Pillow
+CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CMYK; JPEG's decoder is the same in Pillow
+    "alpha.png": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
+    "alpha.tif": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
+    "alpha.webp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA)), lossless=True), COLOURS * (ALPHA[..., None] / 255), 1),
+    "grey and alpha.png": (saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))), three(GREY) * (ALPHA[..., None] / 255), 1),
+    "gif.gif": (saved(PALETTE), FIFTY, 0), "lossless.webp": (saved(PICTURE, lossless=True), COLOURS, 0),
+    "jpeg.jfif": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16), "jpeg.jpe": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16),
+    "jpeg 2000.jp2": (saved(PICTURE), COLOURS, 1), "map.ppm": (saved(PICTURE), COLOURS, 0), "map.pgm": (saved(Image.fromarray(GREY)), three(GREY), 0),
     "deep grey.png": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
     "deep grey.tif": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
     "deep.png": (bytes_of(deep_png()), DEEP // 256, 1), "deep.tif": (bytes_of(deep_tiff()), DEEP // 256, 1),
@@ -112,7 +117,7 @@ CLOSE = {  # one level for the rounding of 16 bits to 8, two for CMYK; JPEG's de
 @pytest.mark.parametrize("name, kind", [(name, (*kind, 0)) for name, kind in EXACT.items()] + list(CLOSE.items()),
                          ids=[*EXACT, *CLOSE])
 def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
-    """Alpha is ignored, of an animation and of several pages the first counts, the content decides and not the ending."""
+    """What is transparent is black, of an animation and of several pages the first counts, the content decides and not the ending."""
     write, expected, tolerance = kind
     write(tmp_path / name)
     image = datasets.read_image(tmp_path / name)
@@ -143,6 +148,76 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, ending, orientation):
     assert np.abs(datasets.read_image(file) - expected).max() <= 2
     if orientation == 6:  # a camera held upright: what was left is above
         assert np.abs(expected[5, 5] - (10, 10, 250)).max() < 10
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "palette.png", "palette.gif", "colour.tif"])
+def test_what_is_transparent_is_black_in_every_format(tmp_path, name):
+    """Noise under alpha 0, which formats keep or not: the network sees black; the rest stays. Half is shown at half."""
+    alpha = np.full(GREY.shape, 255, np.uint8)
+    alpha[:, :10], alpha[:, 10:20] = 0, 0 if "palette" in name else 128
+    picture = with_alpha(PALETTE.convert("RGB"), Image.fromarray(alpha))
+    if "palette" in name:
+        numbers = np.where(alpha == 0, 60, np.asarray(PALETTE)).astype(np.uint8)
+        picture = Image.fromarray(numbers, "P")
+        picture.putpalette(PALETTE.getpalette()[:150] + [77, 88, 99] * 20)
+        picture.save(tmp_path / name, transparency=60)
+    else:
+        picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    image = datasets.read_image(tmp_path / name).astype(int)
+    assert (image[:, :10] == 0).all() and np.array_equal(image[:, 20:], FIFTY[:, 20:])
+    if "palette" not in name:
+        assert np.abs(image[:, 10:20] - FIFTY[:, 10:20] * 128 / 255).max() <= 1
+    good(tmp_path / "mine")
+    shutil.copy(tmp_path / name, tmp_path / "mine/A")
+    assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [
+        f"1 images have an alpha channel: what is transparent is black, e.g. A/{name}"]
+
+
+@pytest.mark.parametrize("bits, ending", [(8, "png"), (10, "png"), (12, "png"), (12, "tif"), (14, "tif"), (16, "png")])
+def test_sixteen_bits_are_scaled_by_the_files_own_depth(tmp_path, bits, ending):
+    """A microscope's 12 bits in a file of 16 become 256 grey levels, not 16; the pass says which depths it found."""
+    deep = (DEEP >> (16 - bits)).astype(np.uint16)
+    deep[0, 0] = 2**bits - 1
+    good(tmp_path / "mine")
+    assert cv2.imwrite(str(tmp_path / f"mine/A/deep.{ending}"), deep[..., ::-1])
+    assert np.array_equal(datasets.read_image(tmp_path / f"mine/A/deep.{ending}"), deep >> (bits - 8))
+    assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [
+        f"1 images hold {bits} bits a channel in 16, of which the upper 8 are read, e.g. A/deep.{ending}"]
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "animated.png"])
+def test_several_pages_are_counted_aloud(tmp_path, name):
+    """A page a channel, say: one note with the number of such files, in the pass and in training."""
+    good(tmp_path / "mine")
+    for i in range(3):
+        EXACT[name][0](tmp_path / f"mine/B/{i}{name}")
+    info = check(tmp_path / "mine", tmp_path / "runs")
+    assert info["notes"] == [f"3 images hold several pages, of which the first is read, e.g. B/0{name}"]
+    assert f"note: {info['notes'][0]}" in datasets.describe(info)
+
+
+def test_pictures_of_other_types_are_counted_aloud(tmp_path, capsys):
+    """Per ending; files that are no pictures are not mentioned; the count is there although an earlier pass is kept."""
+    good(tmp_path / "mine")
+    assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == []
+    for name in ("A/1.heic", "A/2.HEIC", "B/deep/3.svs", "B/4.avif", "B/read me.txt", "A/.5.heic", "B/@eaDir/6.heic"):
+        (tmp_path / "mine" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "mine" / name).touch()
+    note = "4 pictures of types that are not read: left out (2 .heic, 1 .avif, 1 .svs)"
+    assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [note]
+    train.open_checked(tmp_path / "mine", tmp_path / "runs")
+    assert note in capsys.readouterr().err
+
+
+def test_all_types_that_are_read_are_read_by_both_decoders(tmp_path):
+    """Written by Pillow, read by Pillow and OpenCV to the same pixels; what OpenCV cannot read is on the other list."""
+    for ending in datasets.IMAGE_TYPES:
+        grey = PICTURE.convert({".pbm": "1", ".pgm": "L"}.get(ending, "RGB"))
+        grey.save(tmp_path / f"a{ending}", **({"quality": 95} if ending in (".jfif", ".jpe") else {}))
+        with Image.open(tmp_path / f"a{ending}") as image:
+            theirs = np.asarray(image.convert("RGB")).astype(int)
+        assert np.abs(datasets.read_image(tmp_path / f"a{ending}") - theirs).max() <= 1, ending
+    assert not {*datasets.IMAGE_TYPES} & {*datasets.OTHER_TYPES}
 
 
 # ---------------------------------------------------------------- names and folders
@@ -212,7 +287,7 @@ def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
     """Hidden files and folders, stray files, empty classes; folders may end like files."""
     keep = ["A/1.png", "A/deeper/still/2.jpg", "A/folder.png/3.png", "B/1.png"]
     drop = ["A/.hidden.png", "A/._1.png", ".trash/1.png", "A/.thumbs/1.png", "A/Thumbs.db", "A/readme.txt", "B/1.png.part", "B/png",
-            "B/1.gif", "B/notes.csv", "list.txt", "stray.png", "also stray.JPG", ".DS_Store"]
+            "B/notes.csv", "list.txt", "stray.png", "also stray.JPG", ".DS_Store"]
     for name in keep + drop:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_bytes(b"x")
@@ -243,6 +318,48 @@ def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
     assert cells.notes == ["class folder loop holds no image: left out"]
     (tmp_path / "linked").symlink_to(root)  # the data set by another name
     assert datasets.open_dataset(tmp_path / "linked").paths.tolist() == cells.paths.tolist()
+
+
+def test_system_folders_and_our_own_output_are_no_data(tmp_path, without_rights, capsys):
+    """Thumbnails, recycle bins, an unreadable lost+found, and `--data .` beside a runs folder; also for new images."""
+    folder, context = without_rights
+    good(folder / "mine")
+    for name in ("A/@eaDir/good 0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x/1.png", "#recycle/1.png", "lost+found/1.png", "A/Thumbs/1.png",
+                 "A/.thumbnails/1.png", "__MACOSX/A/._1.png", "runs/train/resnet18/random/fold0/1.png", "runs/results/1.png", "seen/1.png",
+                 "seen/predictions.csv"):
+        (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "mine" / name).write_bytes(cv2.imencode(".png", shade(1))[1].tobytes())
+    (folder / "mine/lost+found").chmod(0)
+    with context():
+        cells = datasets.open_dataset(folder / "mine")
+        assert datasets.find_images(folder / "mine")[0] == sorted(cells.paths.tolist())
+    assert cells.classes == ["A", "B"] and len(cells) == 6
+    assert sorted(cells.notes) == [f"{folder}/mine/{name} is output of these scripts: left out" for name in ("runs", "seen")]
+    (folder / "mine/lost+found").chmod(0o755)
+
+
+def test_runs_beside_the_data_at_the_second_start(tmp_path, monkeypatch, capsys):
+    """python datasets.py --data . --runs runs, twice, with a result's picture in runs: it is no class."""
+    good(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "--data", ".", "--runs", "runs"])
+    datasets.main()
+    (tmp_path / "runs/results").mkdir()
+    PICTURE.save(tmp_path / "runs/results/overlaps.png")
+    datasets.main()
+    out = capsys.readouterr().out
+    assert out.count("classes   2\n") == 2 and out.count("runs is output of these scripts: left out") == 1
+
+
+def test_names_that_are_almost_the_same_are_named(tmp_path):
+    """Folders that differ in case and blanks, files in two Unicode forms: two classes and two images, but said."""
+    for name in ("HSIL/1.png", "hsil/1.png", "h sil /1.png", "B/e\u0301.png", "B/\u00e9.png", "B/E.png", "B/e.png"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_bytes(b"x")
+    cells = datasets.open_dataset(tmp_path / "mine")
+    assert len(cells.classes) == 4 and len(cells) == 7
+    assert cells.notes == ["names that are almost the same: 'HSIL', 'h sil ', 'hsil'",
+                           "names that are almost the same: 'B/e\u0301.png', 'B/\u00e9.png'"]
 
 
 @pytest.mark.long

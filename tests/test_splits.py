@@ -4,6 +4,7 @@ Truth comes from the class counts that the paper prints (paper/table5.csv), from
 StratifiedGroupKFold, from counts by hand, and, for the file, from Python's csv module read by eye.
 """
 import csv
+import json
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+import scipy.sparse.csgraph
 from conftest import ROOT
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -143,7 +145,7 @@ def test_a_class_keeps_its_draw_when_other_classes_come_or_go():
 
 
 def test_the_order_in_which_a_file_system_lists_files_changes_nothing(tmp_path, command):
-    names = [f"{label}/{folder}/{i}.png" for label in "AB" for folder in ("p", "q") for i in range(15)]
+    names = [f"{label}/{folder}/{i}.png" for label in "AB" for folder in ("1-9", "10-19") for i in range(15)]
     shuffled = random.Random(1).sample(names, len(names))
     for folder, order in (("one", names), ("two", names[::-1]), ("three", shuffled)):
         write_tree(tmp_path / folder, names, order)
@@ -258,6 +260,73 @@ def test_a_table_of_path_and_group_does_the_same(tmp_path, command):
     for path, _, *parts in list(csv.reader(open(tmp_path / "s.csv", newline="")))[1:]:
         places.setdefault(patient[path], set()).add(tuple(parts))
     assert len(places) == 8 and all(len(place) == 1 for place in places.values())
+
+
+def read_parts(file):
+    """{path: tuple of parts}"""
+    with open(file, newline="") as handle:
+        return {row["path"]: tuple(row[f"fold{k}"] for k in range(5)) for row in csv.DictReader(handle)}
+
+
+def test_several_sources_of_groups_are_joined(tmp_path, command):
+    """Patients by a regular expression and overlaps by a CSV: scipy's connected components of both, none of them torn."""
+    rng = np.random.default_rng(0)
+    names = [f"{label}/p{rng.integers(40)}_{i}.png" for label in "AB" for i in range(150)]
+    write_tree(tmp_path / "data", names)
+    piece = rng.integers(280, size=300)
+    with open(tmp_path / "groups.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "group"), *zip(names, piece)])
+    patient = [name.split("/")[1].split("_")[0] for name in names]
+    rows = [np.arange(300), 300 + piece], [np.arange(300), 580 + np.unique(patient, return_inverse=True)[1]]
+    edges = np.concatenate(rows, 1)
+    graph = scipy.sparse.coo_matrix((np.ones(600), edges), (700, 700))
+    component = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][:300]
+    groups = splits.read_groups([r"p(\d+)_", str(tmp_path / "groups.csv")], names)
+    pairs = list(zip(groups, component))
+    assert len(set(pairs)) == len(set(groups)) == len(set(component)) < 40
+    status, out, err = command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"p(\d+)_", tmp_path / "groups.csv")
+    assert status == 0 or "too few" in err
+    names = [f"{label}/p{i // 4}_{i}.png" for label in "AB" for i in range(100)]
+    write_tree(tmp_path / "more", names)
+    with open(tmp_path / "groups.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "group"), *((name, i // 2 % 90) for i, name in enumerate(names))])
+    status, out, err = command("--data", tmp_path / "more", "--out", tmp_path / "s.csv", "--groups", r"/p(\d+)_", tmp_path / "groups.csv")
+    assert status == 0, err
+    groups = splits.read_groups([r"/p(\d+)_", str(tmp_path / "groups.csv")], names)
+    parts = read_parts(tmp_path / "s.csv")
+    assert all(len({parts[name] for name, g in zip(names, groups) if g == group}) == 1 for group in set(groups))
+    sizes = np.unique(groups, return_counts=True)[1]
+    assert f"{len(sizes)} groups, the largest of {sizes.max()} images" in out
+    assert "test images that share a group with a training image, by fold: [0, 0, 0, 0, 0]" in out
+
+
+def test_groups_of_one_image_each_are_a_warning(tmp_path, command):
+    """The regular expression took the image's number instead of the patient's."""
+    write_tree(tmp_path / "data", [f"{label}/p{i // 4}_{label}{i}.png" for label in "AB" for i in range(20)])
+    status, out, _ = command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"_(\w+).png")
+    assert status == 0 and "40 groups, the largest of 1 images" in out and "does the regular expression take the image's number" in out
+    _, out, _ = command("--data", tmp_path / "data", "--out", tmp_path / "t.csv", "--groups", r"p(\d+)_")
+    assert "5 groups, the largest of 8 images" in out and "image's number" not in out
+
+
+def test_without_groups_the_twins_of_training_images_are_counted(tmp_path, command):
+    """Test images of each fold that overlap with a training image by overlaps.csv, or equal one by data/<name>.json."""
+    names = [f"{label}/{i}.png" for label in "AB" for i in range(30)]
+    write_tree(tmp_path / "mine", names)
+    rng, runs = np.random.default_rng(1), tmp_path / "runs"
+    pairs = [[names[i] for i in rng.choice(60, 2, replace=False)] for _ in range(40)]
+    twins = [[names[i] for i in rng.choice(60, 3, replace=False)] for _ in range(5)]
+    (runs / "data").mkdir(parents=True)
+    with open(runs / "overlaps.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("first", "second", "dx", "dy", "difference", "area"), *([*pair, 3, 4, 0.2, 0.5] for pair in pairs)])
+    (runs / "data/mine.json").write_text(json.dumps({"duplicates": twins}))
+    status, out, err = command("--data", tmp_path / "mine", "--out", runs / "split.csv")
+    assert status == 0, err
+    parts = read_parts(runs / "split.csv")
+    for what, groups in (("overlap with", pairs), ("are exact copies of", twins)):
+        expected = [len({path for group in groups for path in group if parts[path][fold] == "test"
+                         and any(parts[other][fold] == "train" for other in group)}) for fold in range(5)]
+        assert sum(expected) and f"test images that {what} a training image, by fold: {expected}" in out
 
 
 # ---------------------------------------------------------------- the file

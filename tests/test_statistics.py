@@ -154,14 +154,6 @@ def test_pcams_validation_and_test_patches_would_change_its_mean(demo, passes):
     assert np.abs(found(passes["pcam"][0]) - everything).max() > 1e-4
 
 
-def test_class_folders_called_train_valid_and_test_all_count(tmp_path):
-    """Only PCam's patches are told apart by these words."""
-    for label, level in (("train", 0), ("valid", 102), ("test", 204), ("LYT", 102)):  # (all four parts would be no classes)
-        grey_set(tmp_path / "mine" / label, [level, level])
-    info = check(tmp_path / "mine", tmp_path / "runs")
-    assert found(info)[0] == pytest.approx([0.4] * 3, abs=1e-12)
-
-
 def test_each_image_counts_equally_however_large(tmp_path):
     """By hand: 3 white pictures of 10 pixels, 1 black one of 900: mean 3/4, std sqrt(3)/4, of the whole population (no n - 1).
 
