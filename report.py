@@ -17,10 +17,11 @@ import itertools
 import json
 import pathlib
 import signal
-from collections import defaultdict, namedtuple
+from collections import Counter, namedtuple
 
 import jinja2
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import optimize, special
@@ -66,15 +67,17 @@ def fit_temperature(probabilities, labels, frequencies=None):
 
 
 def reliability(confidence, right, bins=BINS):
-    """Images, mean confidence, share right, each [bins], of bins (low, high], NaN in empty ones; and the ECE.
+    """DataFrame low, high, images, confidence, share_right, ece of bins (low, high]; NaN in empty ones.
 
-    ECE: the mean gap between confidence and share right, weighted by images.
+    ece: the mean gap between confidence and share right, weighted by images; the same in every row.
     """
-    where = np.clip(np.ceil(np.asarray(confidence) * bins).astype(int) - 1, 0, bins - 1)
-    images = np.bincount(where, minlength=bins)
-    some = np.where(images > 0, images, np.nan)
-    mean, share = np.bincount(where, confidence, bins) / some, np.bincount(where, right, bins) / some
-    return images, mean, share, np.nansum(images * abs(mean - share)) / images.sum()
+    edges = np.arange(bins + 1) / bins
+    table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
+    groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
+    table = groups.agg(images=("right", "size"), confidence=("confidence", "mean"),
+                       share_right=("right", "mean"))
+    gap = (table.images * abs(table.confidence - table.share_right)).sum() / table.images.sum()
+    return table.reset_index(drop=True).assign(low=edges[:-1], high=edges[1:], ece=gap)
 
 
 def sensitivity_at(scores, positive, specificity):
@@ -99,13 +102,14 @@ def tolerant_scores(confusion, accepted):
 def read_pairs(file, classes):
     """bool [C,C] of a CSV label,accepted: predictions (columns) forgiven for a label (rows); SystemExit.
 
-    paper/tolerant_pairs.csv is our reading of Matek et al. (2021): consecutive stages of a line of cells,
-    hairy cells and lymphocytes. Their Table 1 lists no pairs, but its tolerant scores differ just there.
+    paper/tolerant_pairs.csv is our reading of Matek et al. (2021), Table 1, which differs for these classes:
+    consecutive stages of a line of cells, hairy cells and lymphocytes.
     """
-    rows = read_rows(file)
-    if not rows or not {"label", "accepted"} <= set(rows[0]):
-        raise SystemExit(f"{file}: no CSV with columns label,accepted; name another with --pairs")
-    pairs = {(row["label"], row["accepted"]) for row in rows}
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        pairs = set(zip(table["label"], table["accepted"]))
+    except (OSError, KeyError, ValueError):
+        raise SystemExit(f"{file}: no CSV with columns label,accepted; name another with --pairs") from None
     return np.array([[(label, prediction) in pairs for prediction in classes] for label in classes])
 
 
@@ -204,42 +208,33 @@ def read_folds(study, run, files, tested):
     return folds, missing
 
 
-def spread(values, name=""):
-    """{"mean": , "std": } of values without NaNs, sample standard deviation; name goes before the keys."""
-    return dict(zip((f"{name}mean", f"{name}std"), map(float, evaluate.moments(values))))
-
-
 def score_rows(folds, images):
     """Rows score, variant, mean, std over the folds, of SCORES."""
     rows = []
-    for variant in PLAIN:
-        table = []
-        for fold in folds:
-            p, share = fold.probabilities[variant], np.bincount(fold.labels, minlength=len(images))
-            each = np.array(evaluate.per_class_scores(fold.labels, p.argmax(1), len(images)))
-            common = evaluate.moments(each[2][images >= evaluate.COMMON])[0]
-            top2 = (np.argsort(-p, axis=1)[:, :2] == fold.labels[:, None]).any(1).mean()
-            weighted = np.nansum(each * (share / share.sum()), axis=1)
-            table.append([*evaluate.moments(each.T)[0], common, *weighted, top2])
-        for name, values in zip(SCORES, zip(*table)):
-            rows.append({"score": name, "variant": variant} | spread(values))
-    return rows
+    for variant, fold in itertools.product(PLAIN, folds):
+        p, share = fold.probabilities[variant], np.bincount(fold.labels, minlength=len(images))
+        each = np.array(evaluate.per_class_scores(fold.labels, p.argmax(1), len(images)))
+        common = evaluate.moments(each[2][images >= evaluate.COMMON])[0]
+        weighted = np.nansum(each * (share / share.sum()), axis=1)
+        top2 = (np.argsort(-p, axis=1)[:, :2] == fold.labels[:, None]).any(1).mean()
+        values = *evaluate.moments(each.T)[0], common, *weighted, top2
+        rows += [{"score": name, "variant": variant, "value": value} for name, value in zip(SCORES, values)]
+    groups = pd.DataFrame(rows).groupby(["score", "variant"], sort=False).value
+    return groups.agg(["mean", "std"]).reset_index().to_dict("records")
 
 
 def calibration_rows(folds, study):
     """Rows variant, class, bin, ECE of all test images: top label (class ""), then each common class."""
-    labels, rows = np.concatenate([fold.labels for fold in folds]), []
+    labels, tables = np.concatenate([fold.labels for fold in folds]), []
     for variant in sorted(folds[0].probabilities):
         p = np.concatenate([fold.probabilities[variant] for fold in folds])
         sure = {"": (p.max(1), p.argmax(1) == labels)}
         for c in np.flatnonzero(study.images >= evaluate.COMMON):
             sure[study.classes[c]] = p[:, c], labels == c
         for name, (confidence, right) in sure.items():
-            *bins, ece = reliability(confidence, right)
-            for i, (images, mean, share) in enumerate(zip(*bins)):
-                rows.append({"variant": variant, "class": name, "low": i / BINS, "high": (i + 1) / BINS,
-                             "images": images, "confidence": mean, "share_right": share, "ece": ece})
-    return rows
+            tables.append(reliability(confidence, right).assign(**{"variant": variant, "class": name}))
+    columns = ["variant", "class", "low", "high", "images", "confidence", "share_right", "ece"]
+    return pd.concat(tables)[columns].to_dict("records")
 
 
 def coverage_rows(folds, classes):
@@ -254,8 +249,8 @@ def coverage_rows(folds, classes):
         labels, predictions, kept = map(np.concatenate, zip(*parts))
         recall = evaluate.per_class_scores(labels[kept], predictions[kept], classes)[1]
         rows.append({"variant": variant, "planned": share, "handed_over": 1 - kept.mean(),
-                     "accuracy": spread((labels == predictions)[kept])["mean"],
-                     "macro_recall": spread(recall)["mean"], "classes_left": int((~np.isnan(recall)).sum())})
+                     "accuracy": evaluate.moments((labels == predictions)[kept])[0],
+                     "macro_recall": evaluate.moments(recall)[0], "classes_left": (~np.isnan(recall)).sum()})
     return rows
 
 
@@ -266,21 +261,22 @@ def clinic_rows(folds, classes):
     """
     rows = []
     for name, variant in itertools.product([name for name in CLINIC if name in classes], PLAIN):
-        found, c, images = defaultdict(list), classes.index(name), 0
+        c, found = classes.index(name), []
         for fold in folds:
             scores, positive = fold.probabilities[variant][:, c], fold.labels == c
-            images += positive.sum()
-            found["pr_auc_"].append(average_precision_score(positive, scores) if positive.any() else np.nan)
+            one = {"pr_auc": average_precision_score(positive, scores) if positive.any() else np.nan}
             for wanted in SPECIFICITIES:
-                found[f"sensitivity_{wanted}_"].append(sensitivity_at(scores, positive, wanted)[0])
+                one[f"sensitivity_{wanted}"] = sensitivity_at(scores, positive, wanted)[0]
                 if fold.val_labels is not None:
                     sure = fold.val_probabilities[variant][:, c]
                     above = scores > sensitivity_at(sure, fold.val_labels == c, wanted)[1]
-                    found[f"val_sensitivity_{wanted}_"].append(spread(above[positive])["mean"])
-                    found[f"val_specificity_{wanted}_"].append(spread(~above[~positive])["mean"])
+                    one[f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
+                    one[f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
+            found.append(one)
+        images = sum((fold.labels == c).sum() for fold in folds)
         rows.append({"class": name, "variant": variant, "images": images})
-        for key, values in found.items():
-            rows[-1] |= spread(values, key)
+        for key, values in pd.DataFrame(found).items():
+            rows[-1] |= {f"{key}_mean": values.mean(), f"{key}_std": values.std()}
     return rows
 
 
@@ -290,18 +286,17 @@ def inline(picture, kind="png"):
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def plot(rows, by, x, y, *, square=False, marks={}, **settings):
-    """The src of an <img>: y against x of rows (dicts of numbers), a line for each value of `by`.
+def plot(table, by, x, y, *, square=False, marks={}, **settings):
+    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`.
 
     square: both axes from 0 to 1, with the diagonal; marks {label: x}; settings: of matplotlib's axes.
     """
     figure, png = Figure(figsize=(4.6, 3.4), layout="constrained"), io.BytesIO()
     axes, styles = figure.subplots(), itertools.cycle(("o-", "s--", "^-.", "v:"))
-    for label in dict.fromkeys(row.get(by, y) for row in rows):
-        points = [(float(row[x]), float(row[y])) for row in rows if row.get(by, y) == label]
-        axes.plot(*zip(*points), next(styles), label=label, markersize=3.5)
+    for label, group in pd.DataFrame(table).groupby(by, sort=False):
+        axes.plot(group[x], group[y], next(styles), label=label, markersize=3.5)
     for label, where in marks.items():
-        axes.axvline(where, color="k", linestyle=":", label=label)
+        axes.axvline(where, color="k", linestyle="-" if label.startswith("chosen") else ":", label=label)
     if square:
         axes.axline((0, 0), slope=1, color="k", linestyle=":")
         axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -326,14 +321,6 @@ def small_jpeg(file, side):
         return None
 
 
-def read_rows(file):
-    """Rows of a CSV with a header as dicts; [] if there is no such file."""
-    if not pathlib.Path(file).is_file():
-        return []
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def read_json(file):
     """A run's config.json or measured.json; {} if there is none."""
     try:
@@ -342,22 +329,19 @@ def read_json(file):
         return {}
 
 
-def progress(runs, expected):
-    """Rows network, stage, state of all that has been begun; expected: folds of a row of Table 4."""
-    states, rows = {}, []
+def progress(runs):
+    """Rows network, stage, state of all trainings that have been begun."""
+    states = {}
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
-        epochs, config = len(read_rows(folder / "log.csv")), read_json(folder / "config.json")
-        finished = (folder / "predictions.csv").exists()
-        if finished or epochs or config:
-            run = states.setdefault(folder.relative_to(runs).parts[:3], {})
-            state = "finished" if finished else f"at epoch {epochs} of {config.get('epochs', '?')}"
-            run.setdefault(state, []).append(folder.name)
-    for (stage, model, init), found in states.items():
-        count = len(found.get("finished", ()))
-        text = [f"{count} of {expected} folds finished" if stage == "train" else "finished"] if count else []
-        text += [f"{', '.join(folds)} {state}" for state, folds in found.items() if state != "finished"]
-        rows.append({"network, pre-training": title(model, init), "stage": stage, "state": "; ".join(text)})
-    return rows
+        log, config = folder / "log.csv", read_json(folder / "config.json")
+        state = f"at epoch {len(pd.read_csv(log)) if log.exists() else 0} of {config.get('epochs', '?')}"
+        if (folder / "predictions.csv").exists():
+            state = "finished"
+        if log.exists() or config or state == "finished":
+            states.setdefault(folder.relative_to(runs).parts[:3], Counter())[state] += 1
+    return [{"network, pre-training": title(*run), "stage": stage,
+             "state": ", ".join(f"{number} {state}" for state, number in found.items())}
+            for (stage, *run), found in states.items()]
 
 
 def failures(runs):
@@ -411,10 +395,10 @@ def of_scores(study, run, paper, pairs):
     comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds)
     theirs = evaluate.read_table4(paper / "table4.csv") if paper else {}
     accepted = read_pairs(pairs, study.classes) if pairs else np.eye(len(table5), dtype=bool)
-    tolerant = np.array([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
+    mean, std = evaluate.moments([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
     for c, row in enumerate(table5):
-        row |= spread(tolerant[:, 0, c], "tolerant_precision_")
-        row |= spread(tolerant[:, 1, c], "tolerant_recall_")
+        for i, name in enumerate(("tolerant_precision", "tolerant_recall")):
+            row |= {f"{name}_mean": mean[i, c], f"{name}_std": std[i, c]}
     off, confused = np.nan_to_num(matrix * (1 - np.eye(len(matrix)))), []
     for i, j in zip(*np.unravel_index(np.argsort(-off, axis=None, kind="stable")[:8], off.shape)):
         if off[i, j]:
@@ -422,7 +406,7 @@ def of_scores(study, run, paper, pairs):
     return {"table4": table4, "table5": table5, "signs": evaluate.marks(table4, comparisons),
             "best": evaluate.best_run(table4), "statements": evaluate.statements(study, table4, comparisons),
             "paper4": theirs, "axis": add_intervals(study, table4, theirs),
-            "paper5": {row["class"]: row for row in read_rows(paper / "table5.csv")} if paper else {},
+            "paper5": pd.read_csv(paper / "table5.csv", index_col="class").to_dict("index") if paper else {},
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, study.classes, title(*run))),
             "confused": confused}
 
@@ -443,41 +427,44 @@ def of_probabilities(study, run, files, tested, results):
 
 def of_training(folder, folds, results):
     """Learning curves, range test and heatmaps of the row of Table 4 in this folder."""
-    curves = []
+    curves, tried, measured = [], folder / "lr_range.csv", read_json(folder / "measured.json")
     for fold in folds:
-        curves += [{"fold": f"fold {fold}"} | row for row in read_rows(folder / f"fold{fold}/log.csv")]
-    measured = read_json(folder / "measured.json")
-    return {"curves": curves, "tried": read_rows(folder / "lr_range.csv"),
-            "rates": {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {},
-            "candidates": [{"learning rate": f"{rate:.2g}", "score": score}
-                           for rate, score in measured.get("candidates") or ()],
+        if (folder / f"fold{fold}/log.csv").exists():
+            curves.append(pd.read_csv(folder / f"fold{fold}/log.csv").assign(fold=f"fold {fold}"))
+    rates = {f"tried {rate:.2g}: {score:.3g}": rate for rate, score in measured.get("candidates") or ()}
+    rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
+    return {"curves": pd.concat(curves) if curves else None, "rates": rates,
+            "tried": pd.read_csv(tried).assign(of="loss") if tried.exists() else None,
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 
 def of_overlaps(runs, fingerprint):
-    """What images have in common: pairs of one slide (overlaps.csv), exact duplicates, and their labels."""
+    """What images have in common: pieces of a slide (overlaps.csv), exact duplicates, and their labels.
+
+    shared {kind: {(image, fold) tested with such a partner among the training images}}; contradicted: images
+    of one cell with two labels, as doubtful_rows takes it.
+    """
     paths, labels, parts = evaluate.read_split(runs / "split.csv")
-    labels, parts = dict(zip(paths, labels)), dict(zip(paths, [] if parts is None else parts))
+    split = {path: (label, part) for path, label, part in zip(paths, labels, [] if parts is None else parts)}
     scans = [read_json(file) for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
-    radius = SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
-    overlaps, contradicted, both = read_rows(runs / "overlaps.csv"), {}, {}
-    pairs = [("exact duplicate", *pair) for group in duplicates for pair in itertools.combinations(group, 2)]
-    for row in overlaps:
-        near = np.hypot(float(row["dx"]), float(row["dy"])) < radius
-        pairs.append(("same cell" if near else "overlap", row["first"], row["second"]))
-    pairs = [pair for pair in pairs if {*pair[1:]} <= set(labels)]
-    for kind, *pair in pairs:
-        for one, other in (pair, pair[::-1]):
-            if kind != "overlap" and labels[one] != labels[other]:
-                contradicted[one] = labels[other], f"{kind} as {other}"
-            leaks = (parts[one] == "test") & (parts[other] == "train")
-            both.setdefault(kind == "exact duplicate", set()).update((one, k) for k in np.flatnonzero(leaks))
-    return {"overlaps": overlaps, "duplicates": duplicates, "contradicted": contradicted,
-            "twins": len(both.get(True, ())), "leaked": len(both.get(False, ())),
-            "tests": int(sum((part == "test").sum() for part in parts.values())),
-            "sheet": runs / "results/overlaps.png"}
+    pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.combinations(group, 2)]
+    overlaps = None
+    if (runs / "overlaps.csv").exists():
+        overlaps = pd.read_csv(runs / "overlaps.csv", dtype={"first": str, "second": str}, **evaluate.CSV)
+        near = np.hypot(overlaps.dx, overlaps.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
+        pairs += zip(overlaps["first"], overlaps["second"], np.where(near, "same cell", "overlap"))
+    contradicted, shared = {}, {"exact duplicate": set(), "overlap": set()}
+    for *pair, kind in pairs:
+        for one, other in (pair, pair[::-1]) if {*pair} <= split.keys() else ():
+            (label, part), (other_label, other_part) = split[one], split[other]
+            leaks = np.flatnonzero((part == "test") & (other_part == "train"))
+            shared["overlap" if kind == "same cell" else kind].update((one, fold) for fold in leaks)
+            if kind != "overlap" and label != other_label:
+                contradicted[one] = other_label, f"{kind} as {other}"
+    return {"overlaps": overlaps, "duplicates": duplicates, "contradicted": contradicted, "shared": shared,
+            "tests": 0 if parts is None else (parts == "test").sum(), "sheet": runs / "results/overlaps.png"}
 
 
 def of_labels(study, tested, contradicted, config, results, data, number):
@@ -530,14 +517,11 @@ def main():
         raise SystemExit(f"{args.runs}: no such folder; name the one that train.py wrote with --runs")
     try:
         study, files = evaluate.read_study(args.runs), evaluate.find_runs(args.runs)
-        parts = evaluate.read_split(args.runs / "split.csv")[2]
     except ValueError as error:  # of split.csv
         raise SystemExit(f"{error}; put the split back that the runs were made with") from None
     results, said = args.runs / "results", "no fold is finished yet"
-    most = max(map(len, study.runs.values()), default="?")
-    values = {"date": datetime.datetime.now(), "shown": None, "left_out": []} | vars(args) | {
-        "study": study, "failed": failures(args.runs),
-        "progress": progress(args.runs, most if parts is None else parts.shape[1])}
+    values = {"date": datetime.datetime.now(), "shown": None, "left_out": [], "study": study,
+              "failed": failures(args.runs), "progress": progress(args.runs)} | vars(args)
     if study.runs:
         rows = [row for row in evaluate.table4_rows(study)
                 if args.model in (None, row["model"]) and args.init in (None, row["init"])]

@@ -23,17 +23,18 @@ def test_ece_is_the_mean_gap_between_confidence_and_share_right():
     """Six images in three of 15 bins: 1/6 |0.5-0.42| + 2/6 |0.5-0.62| + 3/6 |2/3-0.95| by hand."""
     confidence = np.array([0.42, 0.61, 0.63, 0.94, 0.95, 0.96])
     right = np.array([False, True, False, True, True, False])
-    images, _, _, ece = report.reliability(confidence, right)
+    bins = report.reliability(confidence, right)
+    images = bins.images
     assert len(images) == 15 and images.sum() == 6
     assert [(i, n) for i, n in enumerate(images) if n] == [(6, 1), (9, 2), (14, 3)]
     by_hand = 1 / 6 * 0.42 + 2 / 6 * abs(0.5 - 0.62) + 3 / 6 * abs(2 / 3 - 0.95)
-    assert ece == pytest.approx(by_hand, abs=1e-12)
+    assert bins.ece[0] == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_bins_are_of_equal_width_and_closed_above():
     """0 belongs to the first bin, 1 to the last, 3/15 to the third: the limits of Guo et al. (2017)."""
-    images, *_ = report.reliability(np.array([0.0, 1.0, 0.2, 0.2001]), np.ones(4, bool), bins=5)
-    assert images.tolist() == [2, 1, 0, 0, 1]
+    bins = report.reliability(np.array([0.0, 1.0, 0.2, 0.2001]), np.ones(4, bool), bins=5)
+    assert bins.images.tolist() == [2, 1, 0, 0, 1]
 
 
 def test_a_calibrated_network_has_almost_no_ece():
@@ -42,7 +43,7 @@ def test_a_calibrated_network_has_almost_no_ece():
     p = rng.dirichlet(np.ones(5) * 0.5, 40000)
     labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
     sharp = report.posterior(p, temperature=0.5)
-    errors = [report.reliability(q.max(1), q.argmax(1) == labels)[3] for q in (p, sharp)]
+    errors = [report.reliability(q.max(1), q.argmax(1) == labels).ece[0] for q in (p, sharp)]
     assert errors[0] < 0.01 < 0.05 < errors[1]
 
 
@@ -92,7 +93,7 @@ def test_prior_correction_gives_the_posterior_at_natural_frequencies():
     expected = density * frequencies
     assert corrected == pytest.approx(expected / expected.sum(1, keepdims=True))
     assert (corrected.argmax(1) == labels).mean() > (p.argmax(1) == labels).mean() + 0.05
-    ece = [report.reliability(q.max(1), q.argmax(1) == labels)[3] for q in (p, corrected)]
+    ece = [report.reliability(q.max(1), q.argmax(1) == labels).ece[0] for q in (p, corrected)]
     assert ece[1] < 0.015 < ece[0]
 
 

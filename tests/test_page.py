@@ -330,7 +330,7 @@ def test_progress_and_failures(browser, page):
     """Which folds are finished, which under way, what failed and why, which files can't be right, which image is unreadable."""
     browser.open(page, 1280)
     text = browser.run("document.body.textContent")
-    for part in ("5 of 5 folds finished", "3 of 5 folds finished", "fold3 at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
+    for part in ("5 finished", "3 finished, 1 at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
                  "<b>torch.OutOfMemoryError</b>: CUDA out of memory", "resnet152/random/fold1/predictions.csv", "BLA/cut_in_half.jpg"):
         assert part in text, part
 
@@ -392,7 +392,8 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
     found = report.of_overlaps(tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
-    assert (found["leaked"], found["twins"], found["tests"], len(found["overlaps"])) == (3, 3, 7, 2)
+    assert found["shared"] == {"overlap": {("A/a", 0), ("B/b", 1), ("B/d", 1)}, "exact duplicate": {("A/e", 0), ("B/f", 1), ("A/g", 1)}}
+    assert (found["tests"], len(found["overlaps"])) == (7, 2)
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
     assert {path: label for path, (label, _) in found["contradicted"].items()} == {
@@ -464,7 +465,7 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     browser.events.clear()
     browser.open(make_page(runs), 390)
     text = browser.run("document.body.textContent")
-    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "1 of 1"):
+    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "1 finished"):
         assert part in text, part
     assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
     assert browser.run("document.documentElement.scrollWidth") == 390
