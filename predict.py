@@ -123,16 +123,6 @@ def load_networks(checkpoints, device):
     return [(net.to(device), info) for net, info in nets]
 
 
-def check_images(cells):
-    """(indices of the readable ones of cells, their contents' digests, [(path, why)] of the others)."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        jobs = pool.map(functools.partial(datasets.inspect, cells), range(len(cells)))
-        checked = list(tqdm(jobs, total=len(cells), desc="checking", unit="image", disable=None))
-    fine = [i for i, (why, *_) in enumerate(checked) if not why]
-    bad = [(path, f"unreadable: {why}") for path, (why, *_) in zip(cells.paths, checked) if why]
-    return fine, [checked[i][1] for i in fine], bad
-
-
 def trained_on(checkpoints, nets, cells, digests):
     """The paths among cells that a checkpoint was trained or chosen on (its fold's train and val part).
 
@@ -175,12 +165,11 @@ def heatmap_file(folder, path):
     """folder/<path>.png; the name is cut and gets a digest where it would be too long for a file system."""
     above, name = os.path.split(path)
     if len(os.fsencode(name)) > 200:
-        start = os.fsencode(name)[:160].decode(errors="ignore")
-        name = f"{start}-{hashlib.sha1(os.fsencode(name)).hexdigest()[:16]}"
+        name = f"{name[:40]}-{hashlib.sha1(os.fsencode(name)).hexdigest()}"
     return folder / above / f"{name}.png"
 
 
-def predict_images(nets, cells, ratio, device, batch_size, maps):
+def predict_images(nets, cells, ratio, device, maps):
     """Probabilities as trained, float [N,C], of cells: the networks' mean.
 
     Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
@@ -188,8 +177,8 @@ def predict_images(nets, cells, ratio, device, batch_size, maps):
     size, out = nets[0][1]["image_size"], []
     progress = tqdm(total=len(cells), desc="predicting", unit="image", disable=None)
     with progress as bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(cells), batch_size):
-            some = range(start, min(start + batch_size, len(cells)))
+        for start in range(0, len(cells), gradcam.BATCH_SIZE):
+            some = range(len(cells))[start:start + gradcam.BATCH_SIZE]
             read = list(pool.map(functools.partial(gradcam.read_cell, cells, size), some))
             batches = [(net, gradcam.batch_for(info, read, device)) for net, info in nets]
             with torch.inference_mode():
@@ -218,7 +207,7 @@ def differential(smears, predicted, classes):
     return rows
 
 
-def predict_folder(checkpoints, images, out, mapping, prior, device, batch_size, maps):
+def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
     folder, paths, left_out = find_images(images, out)
     if not paths:
@@ -231,12 +220,13 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, batch_size,
     if strange:
         raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
     cells = datasets.Cells(folder, folder.name, classes, paths, np.zeros(len(paths)))
-    fine, digests, bad = check_images(cells)
-    if not fine:
+    whys, digests, *_ = zip(*datasets.inspect_all(cells))
+    bad = [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
+    if len(bad) == len(paths):
         raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(bad[0])}")
-    cells = cells.subset(fine)
+    cells = cells.subset([not why for why in whys])
     out.mkdir(parents=True, exist_ok=True)
-    p = predict_images(nets, cells, ratio, device, batch_size, out / "heatmaps" if maps else None)
+    p = predict_images(nets, cells, ratio, device, out / "heatmaps" if maps else None)
     final = correct(p, ratio)
     predicted = [classes[i] for i in final.argmax(1)]
     header = ["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]
@@ -245,7 +235,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, batch_size,
     evaluate.write_csv(out / "predictions.csv", [header, *rows])
     labels, smears = zip(*folder_labels(cells.paths, names))
     evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
-    seen = trained_on(checkpoints, nets, cells, digests)
+    seen = trained_on(checkpoints, nets, cells, filter(None, digests))
     left_out += bad + [(path, "not scored: a checkpoint was trained or chosen on it") for path in seen]
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
     known = np.isin(labels, classes)
@@ -274,18 +264,15 @@ def main():
     parser.add_argument("--prior", help="uniform (as trained), train (frequencies there) or a CSV")
     parser.add_argument("--no-heatmaps", action="store_true")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--batch-size", type=int, default=gradcam.BATCH_SIZE)
     parser.add_argument("--model", help="a study's own run, with --init and --prior")
     parser.add_argument("--init")
     parser.add_argument("--runs", default="runs", type=pathlib.Path)
     args = parser.parse_args()
     device = gradcam.find_device(parser, args.device)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: at least 1")
     try:
         if args.checkpoint and args.images and args.out and not args.model:
             predict_folder(args.checkpoint, args.images, args.out, args.map, args.prior or "uniform", device,
-                           args.batch_size, not args.no_heatmaps)
+                           not args.no_heatmaps)
         elif args.model and args.init and args.prior and not args.checkpoint:
             print_prior(args.runs / "train" / args.model / args.init, args.prior)
         else:

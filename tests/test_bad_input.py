@@ -191,7 +191,6 @@ ARGUMENTS = [
     case("gradcam, no cell", FIGURES + " --count 0", 2, "--count 0|at least 1"),
     case("predict without anything", "predict.py", 2, "--checkpoint, --images and --out|--model, --init and --prior"),
     case("predict, unknown device", JUDGE + " --device gpu", 2, "--device gpu|use cpu"),
-    case("predict, batch of 0", JUDGE + " --batch-size 0", 2, "--batch-size|at least 1"),
     case("fetch an unknown model", "models.py --fetch resnet_50", 2, "resnet_50: no classification model|resnet50"),
     case("fetch unknown weights", "models.py --fetch resnet18 --weights V9", 2, "V9|torchvision has IMAGENET1K_V1"),
 ]

@@ -45,7 +45,7 @@ def draw(size):
 
 
 def build_cnn():
-    return models.build_model("resnet18", len(CLASSES), None, 112)
+    return models.build_model("resnet18", len(CLASSES), None, 64)
 
 
 def build_vit(size, patch):
@@ -76,7 +76,7 @@ def road(net, inputs, heat, labels):
 
 
 @pytest.mark.parametrize("name, size, epochs, build, gap", [
-    ("CNN (ResNet-18), 4 x 4 places", 112, 10, build_cnn, 1.3),
+    ("CNN (ResNet-18), 8 x 8 places", 64, 15, build_cnn, 1.3),
     ("ViT, 12 x 12 patches", 96, 24, lambda: build_vit(96, 8), 1.3),
     ("ViT, 7 x 7 patches", 112, 24, lambda: build_vit(112, 16), 1.1),  # as coarse as ViT-L/32's: says little
 ])
@@ -96,13 +96,17 @@ def test_share_of_heat_inside_the_deciding_structure(name, size, epochs, build, 
     wrong = (truth + np.random.default_rng(0).integers(1, len(CLASSES), len(truth))) % len(CLASSES)
     print(f"\n{name}: {right.sum()} of {len(right)} test cells, those classified correctly\n"
           f"{'map':<28}{'inside':>8}{'area':>8}{'ratio':>8}{'empty':>8}{'ROAD':>8}")
-    ratio, roads = {}, {}
+    ratio, roads, each = {}, {}, {}
     for kind, network, labels in (("trained, true class", net, truth), ("random weights", untrained, truth),
                                   ("trained, wrong class", net, wrong)):
         heat, full = maps(network, inputs, labels)
         share, area, ratio[kind] = inside(heat[right & full], masks[right & full])
+        each[kind] = {code: inside(heat[k], masks[k])[2] for code in CLASSES if (k := right & full & (truth == CLASSES.index(code))).any()}
         roads[kind] = road(net, inputs[right], heat[right], truth[right])
         print(f"{kind:<28}{share:>8.3f}{area:>8.3f}{ratio[kind]:>8.2f}{(~full)[right].mean():>8.0%}{roads[kind]:>8.3f}")
+    print(", ".join(f"{code} {value:.2f}" for code, value in each["trained, true class"].items()))
+    if name.startswith("CNN"):  # small structures: Auer rods and granules, as in Figs. 5 and 6
+        assert min(each["trained, true class"][code] for code in ("FGC", "BAS")) > 1.5
     assert ratio["trained, true class"] > 1.8 and roads["trained, true class"] > 0.15
     for control in ("random weights", "trained, wrong class"):
         assert ratio["trained, true class"] > gap * ratio[control]

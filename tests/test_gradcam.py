@@ -98,11 +98,11 @@ def test_vit_heat_moves_with_the_object():
     assert gradcam.heatmaps(net, images, [1] * 4).max() == 0
 
 
-@pytest.mark.parametrize("name, layer", [("resnet18", "layer4"), ("vit_b_32", "encoder.layers.encoder_layer_11.ln_1")])
-def test_same_maps_as_grad_cam_used_plainly(name, layer):
+@pytest.mark.parametrize("name, size, layer", [("resnet18", 224, "layer4"), ("vit_b_32", 128, "encoder.layers.encoder_layer_11.ln_1")])
+def test_same_maps_as_grad_cam_used_plainly(name, size, layer):
     """Stopping the gradients at the layer saves time and memory, and changes nothing."""
     torch.manual_seed(3)
-    net, images = models.build_model(name, 5, None, 128).eval(), torch.randn(3, 3, 128, 128)
+    net, images = models.build_model(name, 5, None, size).eval(), torch.randn(3, 3, size, size)
     ours = gradcam.heatmaps(net, images, [0, 1, 1])
     assert ours.max() > 0 and not any(module._forward_hooks for module in net.modules())
     with GradCAM(net.requires_grad_(True), [net.get_submodule(layer)], models.cam_reshape(net)) as cam:
@@ -112,7 +112,7 @@ def test_same_maps_as_grad_cam_used_plainly(name, layer):
 def test_resnet_map_is_the_class_activation_map():
     """With average pooling before one linear layer, Grad-CAM is CAM (Zhou et al. 2016): ReLU of sum_k w_ck A_k."""
     torch.manual_seed(0)
-    net, images = models.build_model("resnet18", 3).eval(), torch.randn(2, 3, 128, 128)
+    net, images = models.build_model("resnet18", 3).eval(), torch.randn(2, 3, 224, 224)
     ours, kept = gradcam.heatmaps(net, images, [2, 2]), []
     net.layer4.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with torch.no_grad():
@@ -120,16 +120,17 @@ def test_resnet_map_is_the_class_activation_map():
         cam = torch.einsum("k,nkhw->nhw", net.fc.weight[2], kept[0]).relu()
         cam -= cam.amin((1, 2), keepdim=True)
         cam /= cam.amax((1, 2), keepdim=True)
-        cam = torch.nn.functional.interpolate(cam[None], (128, 128), mode="bilinear")[0]
+        cam = torch.nn.functional.interpolate(cam[None], (224, 224), mode="bilinear")[0]
     np.testing.assert_allclose(ours, cam / cam.amax((1, 2), keepdim=True), atol=1e-3)
 
 
 def test_small_images_keep_places_enough():
-    """At 32 pixels a ResNet's last layer has one place, whose map would be blank: the last stage with 4 x 4 is shown."""
+    """At 32 pixels a ResNet's last layer has one place, whose map would be blank: the last stage with 7 x 7 is shown."""
     torch.manual_seed(0)
     net, images = models.build_model("resnet18", 2), torch.randn(3, 3, 32, 32)
     layer, side = gradcam.layer_for(net, images)
-    assert layer is net.layer2 and side == 4
+    assert layer is net.layer1 and side == 8
+    assert gradcam.layer_for(net, torch.zeros(1, 3, 64, 64)) == (net.layer2, 8)
     heat = gradcam.heatmaps(net, images, [0, 1, 1])
     assert (heat.std((1, 2)) > 0.1).any() and heat.shape == (3, 32, 32)
     for name, last, places in (("vgg11_bn", "features.27", 14), ("resnet18", "layer4", 7), ("swin_t", "permute", 7)):
