@@ -421,7 +421,9 @@ def of_probabilities(study, run, files, tested, results):
     for kind, rows in tables.items():
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
-    return tables | {"folds": folds, "missing": missing, "ece": tables["reliability"][::BINS],
+    ece = pd.DataFrame(tables["reliability"][::BINS])  # it stands in every row of its bins
+    ece = ece.pivot_table(index="class", columns="variant", values="ece", sort=False).reset_index()
+    return tables | {"folds": folds, "missing": missing, "ece": ece.to_dict("records"),
                      "tested": sum(len(fold.labels) for fold in folds)}
 
 
