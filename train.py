@@ -4,10 +4,10 @@
     python train.py --model resnet18 --init random --fold 0 --data data/mine --epochs 25 --image-size 96
     torchrun --standalone --nproc_per_node=4 train.py --model resnet152 --init imagenet+cd    # on four GPUs
 
-Writes runs/train/<model>/<init>/fold<k>/ with config.json, log.csv, best.pt, predictions.csv and
-val_predictions.csv. Kill it at any time: the same command resumes after the last complete epoch, on a CPU bit
-for bit. Exit status: 0 done, 1 bad data or failed training, 2 bad arguments, 75 another process is working on
-the run, 128 + n stopped by signal n.
+Writes runs/train/<model>/<name>/fold<k>/ (<name>: --name, or the init) with config.json, log.csv, best.pt,
+predictions.csv and val_predictions.csv. Kill it at any time: the same command resumes after the last complete
+epoch, on a CPU bit for bit. Exit status: 0 done, 1 bad data or failed training, 2 bad arguments, 75 another
+process is working on the run, 128 + n stopped by signal n.
 """
 import argparse
 import concurrent.futures
@@ -139,6 +139,27 @@ def sum_of_ranks(tensor, buffers=()):
     return tensor
 
 
+# ---------------------------------------------------------------- optimizers and schedules
+OPTIMIZERS, SCHEDULES = ("sgd", "adamw"), ("plateau", "cosine")
+
+
+def make_optimizer(name, net, lr):
+    """The paper's optimizer (sgd) or another; fused, or fp16's scaler would read back every step."""
+    if name == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr, MOMENTUM, fused=True)
+    for parameter in net.parameters():  # else not initialised where the scaler skips the first step
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def make_scheduler(name, optimizer, epochs):
+    """The paper's schedule (plateau) or another; fit gives the validation loss to plateau alone."""
+    if name == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", PLATEAU_FACTOR, PLATEAU_PATIENCE)
+
+
 # ---------------------------------------------------------------- training
 def train_epoch(net, batches, optimizer, scaler, mean, std, device, amp, layout):
     """Train on all batches; returns their losses on the device: reading one back would make the GPU wait."""
@@ -188,7 +209,7 @@ def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", am
 
 def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0, image_size=224, mean, std,
         crop=True, workers=0, device="cpu", amp="off", memory_format="channels_last", compile=False,
-        stop_lr=0.0, info=None):
+        stop_lr=0.0, optimizer="sgd", schedule="plateau", info=None):
     """Train net on train and choose the epoch on val (both Cells); returns the rows of log.csv as dicts.
 
     Resumes from folder/last.pt. Leaves log.csv and best.pt: the first epoch of highest validation accuracy,
@@ -202,11 +223,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     net.to(device, memory_format=layout)
     if cuda and number > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, fused=True)
-    if amp == "fp16":
-        for parameter in net.parameters():  # else left uninitialised where the scaler skips the first step
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", PLATEAU_FACTOR, PLATEAU_PATIENCE)
+    optimizer = make_optimizer(optimizer, net, lr)
+    scheduler = make_scheduler(schedule, optimizer, epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     history, best = resume(folder, parts)
@@ -241,7 +259,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
             if not math.isfinite(train_loss + val_loss):
                 raise SystemExit(f"{folder}: the loss is not finite in epoch {epoch}, at rate {rate:.3g}; "
                                  "start again in another --runs folder with a lower --lr or --amp off")
-            scheduler.step(val_loss)
+            scheduler.step(*[val_loss] * (schedule == "plateau"))
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch, "lr": rate, "train_loss": train_loss, "val_loss": val_loss,
                             "val_accuracy": accuracy, "images_per_second": speed, "seconds": seconds})
@@ -319,7 +337,7 @@ def resume(folder, parts):
 
 # ---------------------------------------------------------------- learning rate range test
 def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, workers, device, amp,
-               memory_format):
+               memory_format, optimizer="sgd"):
     """Train net on train (Cells) for 100 steps at exponentially rising rates, or until the loss explodes.
 
     Returns the rate and the loss of each step, lists of up to 100 numbers.
@@ -334,7 +352,7 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
     order.epoch, order.batches = 0, RANGE_STEPS  # 100 batches however small the data set is
     batches = datasets.Batches(train, image_size, seed, 0, crop)
-    optimizer = torch.optim.SGD(net.parameters(), lr=RANGE_LOW, momentum=MOMENTUM)
+    optimizer = make_optimizer(optimizer, net, RANGE_LOW)
     finder = torch_lr_finder.LRFinder(
         net, optimizer, torch.nn.CrossEntropyLoss(), device, amp_backend="torch",
         amp_config={"device_type": device.type, "dtype": AMP_DTYPES[amp], "enabled": amp != "off"},
@@ -383,6 +401,9 @@ def find_lr(folder, make_net, train, **options):
     file = folder / "measured.json"
     with datasets.file_lock(folder / "measured.lock"):
         found = datasets.read_json(file) if file.exists() else {}
+        optimizer = found.setdefault("optimizer", options.get("optimizer", "sgd"))
+        if optimizer != options.get("optimizer", "sgd"):
+            raise SystemExit(f"{file}: measured with {optimizer}; give this row a --name of its own")
         if "lr" not in found:
             rates, losses = range_test(make_net(), train, **options)
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
@@ -462,7 +483,8 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     rows = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     split = hashlib.sha256(rows.encode(errors="surrogateescape")).hexdigest()
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
-    settings |= {key: options[key] for key in ("seed", "epochs", "batch_size", "image_size", "stop_lr")}
+    settings |= {key: options[key] for key in ("seed", "epochs", "batch_size", "image_size", "stop_lr",
+                                                   "optimizer", "schedule")}
     common = {key: options[key] for key in ("image_size", "workers", "device", "amp")}
     common |= {"mean": info["mean"], "std": info["std"]}
 
@@ -482,15 +504,16 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         net = make_net(fold)
         layout = choose_format(net, options["device"], memory_format)
         if lr == "auto":
-            search = common | {"batch_size": options["batch_size"], "seed": options["seed"], "crop": crop}
+            search = common | {key: options[key] for key in ("batch_size", "seed", "optimizer")}
             learn = cells.subset(parts[:, 0] == "train")
-            lr = from_rank_0(lambda: find_lr(shared, make_net, learn, memory_format=layout, **search))
+            search |= {"memory_format": layout, "crop": crop}
+            lr = from_rank_0(lambda: find_lr(shared, make_net, learn, **search))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
         settings |= {"weights": digest, "lr": lr, "amp": options["amp"], "memory_format": layout}
         check_settings(folder, settings)
         gpu = torch.cuda.get_device_name(options["device"]) if options["device"].type == "cuda" else None
-        record = {"root": os.path.abspath(cells.root), "left_out": info["unreadable"],
+        record = {"name": shared.name, "root": os.path.abspath(cells.root), "left_out": info["unreadable"],
                   "train_images": len(train), "val_images": len(val), "test_images": len(test),
                   "device": str(options["device"]), "gpu": gpu, "workers": options["workers"],
                   "ranks": ranks()[1], "compile": options["compile"], "versions": versions(),
@@ -544,6 +567,8 @@ def add_options(parser):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", default="imagenet", help="ImageNet weights by torchvision's name")
     parser.add_argument("--stop-lr", type=float, default=0.0, help="stop below this share of the first rate")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
+    parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--workers", default="auto", help="data loading processes (of each rank)")
     parser.add_argument("--amp", choices=["auto", *AMP_DTYPES], default="auto", help="mixed precision")
@@ -559,6 +584,7 @@ def run_options(args, parser):
     for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("seed", 0)):
         check(name, getattr(args, name) >= least, f"at least {least}")
     check("stop_lr", 0 <= args.stop_lr <= 1, "from 0 to 1")
+    check("stop_lr", args.schedule == "plateau" or not args.stop_lr, "0 unless the schedule is plateau")
     check("workers", args.workers == "auto" or args.workers.isdecimal(), "auto or a whole number")
     with contextlib.suppress(ValueError):
         args.lr = args.lr if args.lr == "auto" else float(args.lr)
@@ -573,9 +599,9 @@ def run_options(args, parser):
     check("batch_size", args.batch_size % ranks()[1] == 0, f"a multiple of the {ranks()[1]} ranks")
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
-    names = "model lr seed batch_size epochs image_size stop_lr memory_format compile".split()
+    names = "model lr seed batch_size epochs image_size stop_lr optimizer schedule memory_format compile"
     chosen = {"amp": choose_amp(device, args.amp), "workers": choose_workers(device, args.workers)}
-    return {name: getattr(args, name) for name in names} | chosen | {"device": device}
+    return {name: getattr(args, name) for name in names.split()} | chosen | {"device": device}
 
 
 def open_checked(data, runs):
@@ -673,6 +699,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(parser)
     parser.add_argument("--init", required=True, help=f"{', '.join(models.INITS)}, others, or NAME=PATH")
+    parser.add_argument("--name", help="name of the row in Table 4 and of its folder (default: the init)")
     parser.add_argument("--fold", type=int, nargs="+", help="folds to train, from 0 (default: all)")
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     args = parser.parse_args()
@@ -681,6 +708,8 @@ def main():
         parser.error(f"--init {args.init}: NAME=PATH needs a NAME of letters, digits and .+- , not {init}")
     if "=" not in args.init and args.init not in models.INITS and not (own / init).is_dir():
         parser.error(f"--init {init}: not one of {', '.join(models.INITS)}, and not in {own}")
+    if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
+        parser.error(f"--name {args.name}: letters, digits, . + and - only")
     options = run_options(args, parser)
     weights = initial_weights(args.runs, args.model, args.init, args.weights)
     cells, info = open_checked(args.data, args.runs)
@@ -694,9 +723,10 @@ def main():
     folds = range(parts.shape[1]) if args.fold is None else args.fold
     if not all(0 <= fold < parts.shape[1] for fold in folds):
         parser.error(f"--fold {' '.join(map(str, folds))}: split.csv has folds 0 to {parts.shape[1] - 1}")
-    folder, status, settings = args.runs / "train" / args.model / init, 0, {"init": init, "weights": weights}
+    folder, status = args.runs / "train" / args.model / (args.name or init), 0
     for fold in folds:
-        status |= run(folder / f"fold{fold}", folder, cells, info, parts, fold=fold, **settings, **options)
+        status |= run(folder / f"fold{fold}", folder, cells, info, parts, init=init, weights=weights,
+                      fold=fold, **options)
     return status
 
 

@@ -3,12 +3,14 @@
 Names, columns and keys stand here once more by hand; counts come from the folders and files of the data sets themselves.
 """
 import collections
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -136,6 +138,26 @@ def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo, run
     done = run(*training(demo, runs), "--epochs", 3)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{runs}/train/{MODEL}/random/fold0: begun with other settings")
     assert "epochs was 1, is now 3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_strategy_is_a_row_of_table_4(study, demo, monkeypatch, capsys):
+    """--name gives it a folder and a row of its own, beside the row that starts from the same weights."""
+    import evaluate
+    import train
+    runs, _ = study
+    arguments = [*training(demo, runs), "--optimizer", "adamw", "--schedule", "cosine", "--name", "random-adamw"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
+    assert train.main() == 0
+    folder = runs / "train" / MODEL / "random-adamw"
+    config = json.loads((folder / "fold1/config.json").read_text())
+    assert (config["init"], config["name"], config["optimizer"]) == ("random", "random-adamw", "adamw")
+    assert torch.load(folder / "fold1/best.pt", weights_only=True)["init"] == "random"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--runs", str(runs)])
+    with contextlib.suppress(SystemExit):
+        evaluate.main()
+    rows = read(runs / "results/table4.csv")[1]
+    assert {(row["init"], row["folds"]) for row in rows} == {("random", "2"), ("random-adamw", "2")}
+    shutil.rmtree(folder)
 
 
 @pytest.mark.long

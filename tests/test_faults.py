@@ -338,6 +338,15 @@ def test_killed_at_one_write_after_the_other(starter, cells, undisturbed, tmp_pa
     assert_same(tmp_path, reference)
 
 
+def test_another_optimizer_and_schedule_resume_exactly(starter, cells, undisturbed, tmp_path):
+    """AdamW's two moments and step counts, and the place on the cosine, are in last.pt."""
+    more = ("--optimizer", "adamw", "--schedule", "cosine")
+    killed = starter.run(*command(cells, tmp_path, *more), before=DIE_AT_CALL.format(n=20, group=False))
+    assert killed.status == -signal.SIGKILL and len(log(fold_of(tmp_path))) in (1, 2)
+    assert starter.run(*command(cells, tmp_path, *more)).status == 0
+    assert_same(tmp_path, undisturbed(*more))
+
+
 @pytest.mark.long
 def test_killed_at_every_write_of_a_run(starter, cells, undisturbed, tmp_path):
     """A fresh run for each sync, renaming and removal from the first to the last, killed there once and then finished."""
@@ -563,7 +572,8 @@ def test_other_settings_are_refused(starter, cells, undisturbed, tmp_path):
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.name != "lock" and file.suffix != ".tmp"}
     changed = {"seed": ("--seed", 1), "epochs": ("--epochs", 4), "batch_size": ("--batch-size", 4), "lr": ("--lr", 0.02),
                "image_size": ("--image-size", 64), "stop_lr": ("--stop-lr", 0.5), "amp": ("--amp", "bf16"),
-               "memory_format": ("--memory-format", "channels_last")}
+               "memory_format": ("--memory-format", "channels_last"), "optimizer": ("--optimizer", "adamw"),
+               "schedule": ("--schedule", "cosine")}
     for key, more in changed.items():
         script = starter.run(*command(cells, tmp_path, *more))
         assert script.status == 1, (key, script.err)

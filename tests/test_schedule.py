@@ -129,6 +129,29 @@ def test_stop_lr_ends_a_run_below_that_share_of_the_initial_rate(tmp_path, share
     assert len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs  # nor does it go on when asked again
 
 
+# ---------------------------------------------------------------- another optimizer and schedule
+@pytest.mark.parametrize("stop", [None, 3])
+def test_the_rate_of_a_cosine_schedule_follows_half_a_cosine(tmp_path, stop):
+    """From the initial rate towards 0 in the epoch after the last, uninterrupted and resumed after epoch 3."""
+    settings = {"optimizer": "adamw", "schedule": "cosine"}
+    if stop:
+        with pytest.raises(InterruptedError):
+            fitted(tmp_path, scripted([1.0] * 8, fail=stop + 1), 8, **settings)
+    rates = fitted(tmp_path, scripted([1.0] * 8), 8, **settings)["lr"]
+    assert np.allclose(rates, 0.1 * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2, rtol=1e-9)
+
+
+def test_the_first_step_of_adamw_by_hand():
+    """The gradient's sign times the rate, after a decay of a hundredth of the rate (Loshchilov and Hutter's defaults)."""
+    net = torch.nn.Linear(2, 1, bias=False)
+    before = net.weight.detach().numpy().copy()
+    optimizer = train.make_optimizer("adamw", net, 0.1)
+    net(torch.tensor([[3.0, -2.0]])).sum().backward()
+    optimizer.step()
+    expected = before * (1 - 0.1 * 0.01) - 0.1 * np.array([[1, -1]])
+    assert np.allclose(net.weight.detach().numpy(), expected, atol=1e-6)
+
+
 # ---------------------------------------------------------------- the epoch that is tested
 RIGHT = {"later equals": ([2, 3, 3, 1, 3], 2), "the last": ([1, 2, 1, 3], 4), "all equal": ([2, 2, 2, 2], 1), "falling": ([4, 3, 2, 1], 1)}
 
