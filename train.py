@@ -49,6 +49,7 @@ RANGE_SKIP_START, RANGE_SKIP_END, DEFAULT_LR = 10, 5, 0.01
 
 EVAL_BATCH_SIZE = 128
 BUSY = 75  # exit status EX_TEMPFAIL
+WEIGHTS, DROPOUT = 3, 4  # begin the keys of random streams, as datasets.ORDER and AUGMENTATION do
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory")
@@ -97,7 +98,7 @@ def choose_format(net, device, memory_format="auto"):
 
 
 def seed_all(*key):
-    """Seed torch's global generators with a key such as (seed, fold, epoch, rank)."""
+    """Seed torch's global generators with a key such as (DROPOUT, seed, fold, epoch, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -244,7 +245,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
                 break
             order.epoch = epoch
             steps = iter(batches)
-            seed_all(seed, fold, epoch, rank)  # dropout; after iter(), which draws from the generator too
+            seed_all(DROPOUT, seed, fold, epoch, rank)  # after iter(), which draws from the generator too
             steps = tqdm(steps, f"epoch {epoch}/{epochs}", len(batches), False, disable=rank > 0 or None)
             if epoch == first:
                 steps = timed(steps, (epochs - epoch + 1) * len(batches), batch_size)
@@ -358,7 +359,7 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
         amp_config={"device_type": device.type, "dtype": AMP_DTYPES[amp], "enabled": amp != "off"},
         grad_scaler=torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
     finder.state_cacher.cached.clear()  # its copy of the weights, on the device
-    seed_all(seed, 0, 0, 0)
+    seed_all(DROPOUT, seed, 0, 0, 0)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         finder.range_test(datasets.loader(batches, order, workers, device.type == "cuda"), end_lr=RANGE_HIGH,
                           num_iter=RANGE_STEPS, smooth_f=RANGE_SMOOTHING)
@@ -489,7 +490,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     common |= {"mean": info["mean"], "std": info["std"]}
 
     def make_net(fold=0):
-        seed_all(options["seed"], fold)
+        seed_all(WEIGHTS, options["seed"], fold)
         return models.build_model(model, len(cells.classes), weights, options["image_size"])
 
     with lock(folder) as ours:
