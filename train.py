@@ -18,12 +18,14 @@ import datetime
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,21 +49,38 @@ PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05
 RANGE_SKIP_START, RANGE_SKIP_END, DEFAULT_LR = 10, 5, 0.01
 
-EVAL_BATCH_SIZE = 128
+EVAL_BATCH_SIZE = 64
 BUSY = 75  # exit status EX_TEMPFAIL
 WEIGHTS, DROPOUT = 3, 4  # begin the keys of random streams, as datasets.ORDER and AUGMENTATION do
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find an engine",
+                 "Unable to find a valid cuDNN algorithm", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 # ---------------------------------------------------------------- setup
+def has_nvidia_driver():
+    """Whether this machine has an NVIDIA driver or GPU, though PyTorch may be unable to use it."""
+    if any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidia0"))):
+        return True
+    smi = shutil.which("nvidia-smi")  # under WSL there is nothing else
+    return smi is not None and "GPU " in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout
+
+
 def choose_device(device="auto"):
     """torch.device of auto (CUDA, or else the CPU), cpu, cuda, cuda:1, ...; ValueError if there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
+        if device == "cpu" and not hidden and has_nvidia_driver():
+            try:
+                torch.cuda.init()
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError("--device auto: this machine has an NVIDIA driver, but CUDA cannot start "
+                                 f"({str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
+                                 "driver, or use --device cpu") from None
         if device == "cpu":
-            print("no CUDA device found: training on the CPU", file=sys.stderr)
+            print("no CUDA device: training on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: not one of auto, cpu, cuda, cuda:1, ...")
     device = torch.device(device)
@@ -73,11 +92,12 @@ def choose_device(device="auto"):
 
 
 def choose_amp(device, amp="auto"):
-    """bf16 where the hardware has it (CUDA: Ampere or later), else fp16 on CUDA and off on a CPU."""
+    """bf16 where the hardware has it (CUDA: from Ampere on), fp16 on Volta and Turing, else off."""
     if amp != "auto":
         return amp
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        capability = torch.cuda.get_device_capability(device)[0]
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "off"
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     return "bf16" if cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()) else "off"
 
@@ -88,6 +108,16 @@ def choose_workers(device, workers="auto"):
     cores //= int(os.environ.get("JOBS") or 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     share = max(1, min(16, cores - 1)) if device.type == "cuda" else min(1, cores // 2)
     return share if workers == "auto" else int(workers)
+
+
+def check_shared_memory(workers, batch_size, image_size):
+    """SystemExit if /dev/shm has no room for the batches that the data workers hold ready, two each."""
+    images = 2 * max(batch_size, EVAL_BATCH_SIZE) * workers * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    need = images * 3 * image_size**2 / 2**20
+    free = shutil.disk_usage("/dev/shm").free / 2**20 if os.path.isdir("/dev/shm") else need
+    if free < need:
+        raise SystemExit(f"/dev/shm has {free:.0f} MB free, {workers} data workers need {need:.0f} MB: start "
+                         "the container with a larger --shm-size, or use fewer --workers (0 needs none)")
 
 
 def choose_format(net, device, memory_format="auto"):
@@ -235,7 +265,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     if number > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(
             net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if compile:  # CUDA graphs do not go with DistributedDataParallel
+    if compile and cuda and any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules()):
+        print("--compile: left out, since synchronised batch norm breaks the graph in every layer")
+    elif compile:  # CUDA graphs do not go with DistributedDataParallel
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if cuda and number == 1 else None)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes while the next epoch trains
         writing, first = None, len(history) + 1
@@ -407,6 +439,8 @@ def find_lr(folder, make_net, train, **options):
             raise SystemExit(f"{file}: measured with {optimizer}; give this row a --name of its own")
         if "lr" not in found:
             rates, losses = range_test(make_net(), train, **options)
+            if options["device"].type == "cuda":
+                torch.cuda.empty_cache()
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
                 csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
             found["lr"] = choose_lr(rates, losses) or DEFAULT_LR
@@ -429,6 +463,9 @@ def lock(folder):
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             ours = False
+        except OSError as error:
+            raise SystemExit(f"{handle.name}: cannot be locked ({error.strerror}); name a --runs folder on a "
+                             "file system that has locks") from None
         yield from_rank_0(lambda: ours)
 
 
@@ -572,7 +609,8 @@ def add_options(parser):
     parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--workers", default="auto", help="data loading processes (of each rank)")
-    parser.add_argument("--amp", choices=["auto", *AMP_DTYPES], default="auto", help="mixed precision")
+    parser.add_argument("--amp", choices=["auto", *AMP_DTYPES], default="auto",
+                        help="mixed precision (off on CUDA is TF32)")
     parser.add_argument("--memory-format", choices=["auto", *LAYOUTS], default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
 
@@ -602,6 +640,7 @@ def run_options(args, parser):
     torch.backends.cudnn.benchmark = True
     names = "model lr seed batch_size epochs image_size stop_lr optimizer schedule memory_format compile"
     chosen = {"amp": choose_amp(device, args.amp), "workers": choose_workers(device, args.workers)}
+    check_shared_memory(chosen["workers"], args.batch_size // ranks()[1], args.image_size)
     return {name: getattr(args, name) for name in names.split()} | chosen | {"device": device}
 
 
@@ -646,6 +685,24 @@ def open_split(file, cells, unreadable):
     return cells, parts[rows]
 
 
+def count_twins(cells, info, parts, overlaps):
+    """Say how many test images share pixels with training images: duplicates, and pairs of overlaps.csv."""
+    part, label = dict(zip(cells.paths, parts)), dict(zip(cells.paths, cells.targets))
+    groups = [[path for path in group if path in part] for group in info["duplicates"]]
+    pairs = [pair for group in groups for pair in itertools.permutations(group, 2)]
+    twins = {one for one, other in pairs if part[one] == "test" and part[other] == "train"}
+    torn = sum(len({label[path] for path in group}) > 1 for group in groups)
+    if twins or torn:
+        print(f"{len(twins)} test images are exact duplicates of training images; {torn} groups of equal "
+              "images have contradicting labels")
+    if overlaps.exists():
+        with open(overlaps, encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            rows = [(row["first"], row["second"]) for row in csv.DictReader(handle)]
+        pairs = rows + [row[::-1] for row in rows]
+        shared = {one for one, other in pairs if part.get(one) == "test" and part.get(other) == "train"}
+        print(f"{len(shared)} test images share a piece of the slide with training images")
+
+
 def interrupt(number, frame):
     """Ctrl-C and SIGTERM: KeyboardInterrupt, once, and no complaint of PyTorch's about dead data workers."""
     for other in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -659,6 +716,8 @@ def explain(error):
     if any(words in text for words in OUT_OF_MEMORY):
         return (f"{text.splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU; "
                 "under torchrun the range test has a whole batch on one GPU, which --lr RATE does without")
+    if "C compiler" in text or "C++ compiler" in text:
+        return "--compile: no C++ compiler found; install g++, or train without --compile"
     if isinstance(error, OSError) or any(words in text for words in ("DataLoader", *datasets.UNREADABLE)):
         named = getattr(error, "filename", None)
         text = f"{named}: {error.strerror}" if named else text.splitlines()[-1]
@@ -726,6 +785,7 @@ def main():
         parser.error(f"--fold {' '.join(map(str, folds))}: split.csv has folds 0 to {parts.shape[1] - 1}")
     folder, status = args.runs / "train" / args.model / (args.name or init), 0
     for fold in folds:
+        count_twins(cells, info, parts[:, fold], args.runs / "overlaps.csv")
         status |= run(folder / f"fold{fold}", folder, cells, info, parts, init=init, weights=weights,
                       fold=fold, **options)
     return status

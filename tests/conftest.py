@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than 20 seconds; run by python -m pytest -m long")
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one; run by python -m pytest -m cuda")
     if not config.option.markexpr and not any("::" in arg for arg in config.args):
         config.option.markexpr = "not long"
 

@@ -427,6 +427,31 @@ def test_evaluate_names_a_bad_file_and_makes_its_tables_of_the_rest(change, word
     assert dict(zip(header, row))["folds"] == "1" and "Traceback" not in out
 
 
+def test_a_driver_without_cuda_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch, capsys):
+    """A stub of nvidia-smi lists a GPU: --device auto refuses with PyTorch's reason, unless all GPUs are hidden."""
+    import train
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match=r"CUDA cannot start \(.+\).*--device cpu"):
+        train.choose_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert train.choose_device("auto").type == "cpu" and "training on the CPU" in capsys.readouterr().err
+
+
+def test_out_of_memory_has_many_words():
+    """PyTorch's for CUDA, for cuDNN that finds no room to work in, and for the CPU."""
+    import train
+    for words in ("CUDA out of memory. Tried to allocate 2.00 GiB", "GET was unable to find an engine to execute this computation",
+                  "Unable to find a valid cuDNN algorithm to run convolution",
+                  "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"):
+        line = train.explain(RuntimeError(words + "\nand more"))
+        assert words in line and "--batch-size" in line and "\n" not in line
+
+
 def test_names_in_a_coco_file_lead_to_no_place_outside_the_data_set(mistake, tmp_path):
     """Classes, images and boxes named like paths, even to the root of the disk, are cropped below .crops all the same."""
     coco = {"categories": [{"id": 1, "name": ".."}, {"id": 2, "name": "../../up"}, {"id": 3, "name": f"{tmp_path}/root"}],

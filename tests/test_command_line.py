@@ -6,11 +6,14 @@ import collections
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -28,13 +31,35 @@ CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO H
 SCORES = [f"{score}_{what}" for score in ("precision", "recall", "f1") for what in ("mean", "std")]
 
 
+def call(script, *args):
+    """A script's own `if __name__` part, run in this process: a CompletedProcess with its status and output."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        patch.setattr(os, "_exit", sys.exit)  # train.py leaves that way, which would end the tests
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            print(*[end.code] * isinstance(end.code, str), sep="\n", end="", file=err)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(args, status, *texts)
+
+
 def start(script, *args, **environment):
-    """A script as a process of its own; fails unless it ends with status 0, and without a traceback."""
-    command = [sys.executable, ROOT / script] if script.endswith(".py") else ["bash", ROOT / script]
-    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-    clean = {key: value for key, value in os.environ.items() if key not in ("DATA", "RUNS", "MODELS", "INITS", "FOLDS")}
-    clean |= {"PATH": path} | environment
-    done = subprocess.run([*command, *map(str, args)], env=clean, capture_output=True, text=True, check=False)
+    """A script that has to end with status 0 and without a traceback: in this process, or with an environment of its own."""
+    if script.endswith(".py") and not environment:
+        done = call(script, *args)
+    else:
+        command = [sys.executable, ROOT / script] if script.endswith(".py") else ["bash", ROOT / script]
+        path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+        clean = {key: value for key, value in os.environ.items() if key not in ("DATA", "RUNS", "MODELS", "INITS", "FOLDS")}
+        clean |= {"PATH": path} | environment
+        done = subprocess.run([*command, *map(str, args)], env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done
 
@@ -132,39 +157,51 @@ def test_training_does_without_git(demo, tmp_path):
     assert json.loads((tmp_path / "train" / MODEL / "random/fold0/config.json").read_text())["versions"]["commit"] is None
 
 
-def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo, run):
+def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo):
     """A quick trial of fold 0, then the real run into the same folder: the first would count as one of the five."""
     runs, _ = study
-    done = run(*training(demo, runs), "--epochs", 3)
+    done = call(*training(demo, runs), "--epochs", 3)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{runs}/train/{MODEL}/random/fold0: begun with other settings")
     assert "epochs was 1, is now 3" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_another_strategy_is_a_row_of_table_4(study, demo, monkeypatch, capsys):
+def test_another_strategy_is_a_row_of_table_4(study, demo, tmp_path):
     """--name gives it a folder and a row of its own, beside the row that starts from the same weights."""
-    import evaluate
-    import train
-    runs, _ = study
-    arguments = [*training(demo, runs), "--optimizer", "adamw", "--schedule", "cosine", "--name", "random-adamw"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
-    assert train.main() == 0
+    runs = shutil.copytree(study[0], tmp_path / "runs")
+    start(*training(demo, runs), "--optimizer", "adamw", "--schedule", "cosine", "--name", "random-adamw")
     folder = runs / "train" / MODEL / "random-adamw"
     config = json.loads((folder / "fold1/config.json").read_text())
     assert (config["init"], config["name"], config["optimizer"]) == ("random", "random-adamw", "adamw")
     assert torch.load(folder / "fold1/best.pt", weights_only=True)["init"] == "random"
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--runs", str(runs)])
-    with contextlib.suppress(SystemExit):
-        evaluate.main()
+    start("evaluate.py", "--runs", runs)
     rows = read(runs / "results/table4.csv")[1]
     assert {(row["init"], row["folds"]) for row in rows} == {("random", "2"), ("random-adamw", "2")}
-    shutil.rmtree(folder)
 
 
-@pytest.mark.long
-def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo, run):
+def test_training_says_which_test_images_it_has_seen(tmp_path):
+    """B/0.png is A/0.png once more, tested while its twin is trained on; A/1.png overlaps with a training image."""
+    for label in "AB":
+        (tmp_path / "mine" / label).mkdir(parents=True)
+        for i in range(4):
+            image = np.random.default_rng([i, i and ord(label)]).integers(0, 256, (32, 32, 3), np.uint8)
+            cv2.imwrite(str(tmp_path / "mine" / label / f"{i}.png"), image)
+    parts = {"A/0.png": "train", "A/1.png": "test", "B/0.png": "test", "A/3.png": "val"}
+    rows = [(f"{label}/{i}.png", label, parts.get(f"{label}/{i}.png", "train")) for label in "AB" for i in range(4)]
+    (tmp_path / "runs").mkdir()
+    for name, table in (("split.csv", [("path", "label", "fold0"), *rows]),
+                        ("overlaps.csv", ["first,second,dx,dy,difference,area".split(","),
+                                          ("B/2.png", "A/1.png", 3, 4, 0.1, 0.8), ("B/2.png", "B/3.png", 1, 1, 0.1, 0.9)])):
+        with open(tmp_path / "runs" / name, "w", newline="") as file:
+            csv.writer(file).writerows(table)
+    out = start("train.py", "--model", MODEL, "--init", "random", "--data", tmp_path / "mine", "--runs", tmp_path / "runs", *SMALL).stdout
+    assert "1 test images are exact duplicates of training images; 1 groups of equal images have contradicting labels" in out
+    assert "1 test images share a piece of the slide with training images" in out
+
+
+def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo):
     runs, _ = study
     best = runs / "train" / MODEL / "random" / "fold0" / "best.pt"
-    done = run("train.py", "--model", MODEL, "--init", f"mine={best}", "--data", demo / "bm", "--runs", runs, *SMALL)
+    done = call("train.py", "--model", MODEL, "--init", f"mine={best}", "--data", demo / "bm", "--runs", runs, *SMALL)
     assert done.returncode == 1 and f"{best}: was trained on the very images of" in done.stderr
     assert not (runs / "train" / MODEL / "mine").exists()
 

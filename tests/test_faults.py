@@ -555,6 +555,44 @@ def test_disk_full_at_any_write(starter, cells, undisturbed, small_disk):
     assert n > 9
 
 
+# ---------------------------------------------------------------- machines that lack something
+def test_too_little_shared_memory_is_named_before_anything_is_read(starter, cells, tmp_path):
+    """Docker's /dev/shm has 64 MB; here it has 1 MB, in a mount namespace of the process alone."""
+    before = ("import ctypes, subprocess\nassert ctypes.CDLL(None).unshare(0x20000) == 0\n"
+              "for what in (['--make-rprivate', '/'], ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', '/dev/shm']):\n"
+              "    subprocess.run(['mount', *what], check=True)")
+    script = starter.run(*command(cells, tmp_path, "--workers", 4, "--image-size", 224), before=before)
+    if "AssertionError" in script.err or "CalledProcessError" in script.err:
+        pytest.skip("no mount namespaces here")
+    assert script.status == 1 and not list(tmp_path.iterdir())
+    one_line(script, "/dev/shm has 1 MB", "4 data workers", "--shm-size", "--workers")
+
+
+def test_a_file_system_without_locks(starter, cells, tmp_path):
+    """The run's own lock cannot be had: its file and the system's reason are named."""
+    before = ("import errno, fcntl\ndef lockf(*_):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
+              "fcntl.lockf = lockf")
+    script = starter.run(*command(cells, tmp_path), before=before)
+    assert script.status == 1 and "Traceback" not in script.err
+    assert all(word in script.err.splitlines()[-1] for word in ("fold0/lock", "No locks available", "--runs"))
+
+
+def test_output_that_nobody_reads_any_more(starter, cells, tmp_path):
+    """`python train.py ... | head`: the status of SIGPIPE, and no word."""
+    before = "import os\nreader, writer = os.pipe()\nos.dup2(writer, 1)\nos.close(reader)"
+    script = starter.run(*command(cells, tmp_path), before=before)
+    assert script.status == 128 + signal.SIGPIPE and script.err.strip().count("\n") == 0
+
+
+@pytest.mark.long
+def test_compiling_without_a_compiler_is_one_line(starter, cells, tmp_path):
+    before = (f"import os\nos.environ.update(PATH='/nowhere', CXX='/nowhere/g++', CC='/nowhere/gcc', "
+              f"TORCHINDUCTOR_CACHE_DIR={str(tmp_path / 'cache')!r})")
+    script = starter.run(*command(cells, tmp_path, "--compile"), before=before)
+    assert script.status == 1
+    one_line(script, "--compile", "g++")
+
+
 # ---------------------------------------------------------------- a run is what it says it is
 def begun(starter, cells, runs, undisturbed):
     """A run killed after its first epoch's checkpoint; the folder."""
@@ -639,7 +677,7 @@ def test_what_config_json_records(undisturbed, cells):
     config = json.loads((fold_of(undisturbed()) / "config.json").read_text())
     assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"] == torch.__version__
     assert {"python", "torchvision", "numpy", "commit"} <= set(config["versions"])
-    assert config["device"] == "cpu" and config["weights"] is None and config["lr"] == 0.01
+    assert config["device"] == "cpu" and config["gpu"] is None and config["weights"] is None and config["lr"] == 0.01
     assert len(config["data"]) == len(config["split"]) == 64
     assert config["data"] == json.loads((undisturbed() / "data" / "bm.json").read_text())["fingerprint"]
     assert config["train_images"] + config["val_images"] + config["test_images"] == len(list(cells.glob("*/*.jpg")))

@@ -402,9 +402,17 @@ def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json, and keeps what else stands in it; a damaged one is named."""
     (tmp_path / "measured.json").write_text('{"candidates": [1]}')
     rate = train.find_lr(tmp_path, lambda: regression([]), cells, **SETTINGS)
-    assert json.loads((tmp_path / "measured.json").read_text()) == {"candidates": [1], "lr": rate}
+    assert json.loads((tmp_path / "measured.json").read_text()) == {
+        "candidates": [1], "lr": rate, "optimizer": "sgd"}
     (tmp_path / "lr_range.csv").unlink()
     assert train.find_lr(tmp_path, None, cells, **SETTINGS) == rate and not (tmp_path / "lr_range.csv").exists()
     (tmp_path / "measured.json").write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
         train.find_lr(tmp_path, None, cells, **SETTINGS)
+
+
+def test_the_rate_of_another_optimizer_is_not_taken(cells, tmp_path):
+    """A rate of SGD is a hundred times too high for AdamW: the row needs a folder of its own."""
+    (tmp_path / "measured.json").write_text('{"lr": 0.1, "optimizer": "sgd"}')
+    with pytest.raises(SystemExit, match="measured with sgd.*--name"):
+        train.find_lr(tmp_path, None, cells, optimizer="adamw", **SETTINGS)
