@@ -4,10 +4,9 @@
     python train.py --model resnet18 --init random --fold 0 --data data/mine --epochs 25 --image-size 96
     torchrun --standalone --nproc_per_node=4 train.py --model resnet152 --init imagenet+cd    # on four GPUs
 
-Writes runs/train/<model>/<name>/fold<k>/ (<name>: --name, or the init) with config.json, log.csv, best.pt,
-predictions.csv and val_predictions.csv. Kill it at any time: the same command resumes after the last complete
-epoch, on a CPU bit for bit. Exit status: 0 done, 1 bad data or failed training, 2 bad arguments, 75 another
-process is working on the run, 128 + n stopped by signal n.
+Writes runs/train/<model>/<name>/fold<k>/ (<name>: --name, or the init). Kill it at any time: the same command
+resumes after the last complete epoch, on a CPU bit for bit. Exit status: 0 done, 1 bad data or failed
+training, 2 bad arguments, 75 another process is working on the run, 128 + n stopped by signal n.
 """
 import argparse
 import concurrent.futures
@@ -60,15 +59,14 @@ OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find 
 
 # ---------------------------------------------------------------- setup
 def has_nvidia_driver():
-    """Whether this machine has an NVIDIA driver or GPU, though PyTorch may be unable to use it."""
-    if any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidia0"))):
-        return True
+    """Whether this machine has an NVIDIA driver, though PyTorch may be unable to use it."""
     smi = shutil.which("nvidia-smi")  # under WSL there is nothing else
-    return smi is not None and "GPU " in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True).stdout if smi else ""
+    return "GPU " in listed or os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidia0")
 
 
 def choose_device(device="auto"):
-    """torch.device of auto (CUDA, or else the CPU), cpu, cuda, cuda:1, ...; ValueError if there is none."""
+    """torch.device of auto (CUDA, or else the CPU), cpu, cuda, cuda:1, ...; ValueError if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
@@ -76,8 +74,8 @@ def choose_device(device="auto"):
             try:
                 torch.cuda.init()
             except (AssertionError, RuntimeError) as error:
-                raise ValueError("--device auto: this machine has an NVIDIA driver, but CUDA cannot start "
-                                 f"({str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
+                raise ValueError("this machine has an NVIDIA driver, but CUDA cannot start ("
+                                 f"{str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
                                  "driver, or use --device cpu") from None
         if device == "cpu":
             print("no CUDA device: training on the CPU", file=sys.stderr)
@@ -102,29 +100,22 @@ def choose_amp(device, amp="auto"):
     return "bf16" if cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()) else "off"
 
 
-def choose_workers(device, workers="auto"):
-    """Data loading processes: the cores, shared by run_all.sh's jobs (JOBS) and torchrun's ranks."""
+def choose_workers(workers, device, batch_size, image_size):
+    """Data loading processes; auto: the cores, shared by run_all.sh's jobs (JOBS) and torchrun's ranks.
+
+    SystemExit if /dev/shm has no room for the batches that they hold ready, two each.
+    """
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
-    cores //= int(os.environ.get("JOBS") or 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    share = max(1, min(16, cores - 1)) if device.type == "cuda" else min(1, cores // 2)
-    return share if workers == "auto" else int(workers)
-
-
-def check_shared_memory(workers, batch_size, image_size):
-    """SystemExit if /dev/shm has no room for the batches that the data workers hold ready, two each."""
-    images = 2 * max(batch_size, EVAL_BATCH_SIZE) * workers * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    need = images * 3 * image_size**2 / 2**20
+    share = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    cores //= share * int(os.environ.get("JOBS") or 1)
+    default = max(1, min(16, cores - 1)) if device.type == "cuda" else min(1, cores // 2)
+    workers = default if workers == "auto" else int(workers)
+    need = 2 * workers * share * max(batch_size, EVAL_BATCH_SIZE) * 3 * image_size**2 / 2**20
     free = shutil.disk_usage("/dev/shm").free / 2**20 if os.path.isdir("/dev/shm") else need
     if free < need:
         raise SystemExit(f"/dev/shm has {free:.0f} MB free, {workers} data workers need {need:.0f} MB: start "
                          "the container with a larger --shm-size, or use fewer --workers (0 needs none)")
-
-
-def choose_format(net, device, memory_format="auto"):
-    """channels_last, on CUDA contiguous for grouped convolutions, in channels_last slow on some GPUs."""
-    grouped = any(getattr(module, "groups", 1) > 1 for module in net.modules())
-    default = "contiguous" if grouped and device.type == "cuda" else "channels_last"
-    return default if memory_format == "auto" else memory_format
+    return workers
 
 
 def seed_all(*key):
@@ -443,8 +434,9 @@ def find_lr(folder, make_net, train, **options):
                 torch.cuda.empty_cache()
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
                 csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
-            found["lr"] = choose_lr(rates, losses) or DEFAULT_LR
-            if choose_lr(rates, losses) is None:
+            found["lr"] = choose_lr(rates, losses)
+            if found["lr"] is None:
+                found["lr"] = DEFAULT_LR
                 print(f"{folder}: the loss never descends in the range test: default rate", file=sys.stderr)
             with datasets.open_atomic(file, "w") as handle:
                 json.dump(found, handle)
@@ -473,16 +465,14 @@ def initial_weights(runs, model, init, weights):
     """What build_model starts from: None, the name of ImageNet weights, or the path of a checkpoint."""
     if init in ("random", "imagenet"):
         return None if init == "random" else weights
-    if "=" in init:
-        file = init.split("=", 1)[1]
-        if not os.path.isfile(file):
-            raise SystemExit(f"--init {init}: {file!r} is no file; {models.OURS}")
-        return os.path.abspath(file)
     folder = runs / "pretrain" / model / init
-    if not (folder / "predictions.csv").exists():
+    file = init.split("=", 1)[1] if "=" in init else folder / "best.pt"
+    if "=" in init and not os.path.isfile(file):
+        raise SystemExit(f"--init {init}: {file!r} is no file; {models.OURS}")
+    if "=" not in init and not (folder / "predictions.csv").exists():
         raise SystemExit(f"{folder}: no finished pre-training; run first: python pretrain.py --model {model} "
                          f"--init {init} --runs {runs}")
-    return os.path.abspath(folder / "best.pt")
+    return os.path.abspath(file)
 
 
 def check_settings(folder, settings):
@@ -521,10 +511,9 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     rows = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     split = hashlib.sha256(rows.encode(errors="surrogateescape")).hexdigest()
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
-    settings |= {key: options[key] for key in ("seed", "epochs", "batch_size", "image_size", "stop_lr",
-                                                   "optimizer", "schedule")}
-    common = {key: options[key] for key in ("image_size", "workers", "device", "amp")}
-    common |= {"mean": info["mean"], "std": info["std"]}
+    settings |= {key: value for key, value in options.items() if key not in ("device", "workers", "compile")}
+    device, images = options["device"], {"mean": info["mean"], "std": info["std"]}
+    common = images | {key: options[key] for key in ("image_size", "workers", "device", "amp")}
 
     def make_net(fold=0):
         seed_all(WEIGHTS, options["seed"], fold)
@@ -534,26 +523,29 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         if not ours:
             print(f"{folder}: busy, another process is working on it", file=sys.stderr)
             return BUSY
+        amp = settings.pop("amp")  # which auto chooses otherwise on the machine that looks at the results
         check_settings(folder, settings | ({} if lr == "auto" else {"lr": lr}))
         if from_rank_0(lambda: (folder / "predictions.csv").exists()):
             (folder / "last.pt").unlink(missing_ok=True)
             print(f"{folder}: finished, nothing to do")
             return 0
         net = make_net(fold)
-        layout = choose_format(net, options["device"], memory_format)
+        if memory_format == "auto":  # grouped convolutions are slow in channels_last on some GPUs
+            grouped = any(getattr(module, "groups", 1) > 1 for module in net.modules())
+            memory_format = "contiguous" if grouped and device.type == "cuda" else "channels_last"
         if lr == "auto":
-            search = common | {key: options[key] for key in ("batch_size", "seed", "optimizer")}
+            search = common | {"memory_format": memory_format, "crop": crop}
+            search |= {key: options[key] for key in ("batch_size", "seed", "optimizer")}
             learn = cells.subset(parts[:, 0] == "train")
-            search |= {"memory_format": layout, "crop": crop}
             lr = from_rank_0(lambda: find_lr(shared, make_net, learn, **search))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-        settings |= {"weights": digest, "lr": lr, "amp": options["amp"], "memory_format": layout}
+        settings |= {"weights": digest, "lr": lr, "amp": amp, "memory_format": memory_format}
         check_settings(folder, settings)
-        gpu = torch.cuda.get_device_name(options["device"]) if options["device"].type == "cuda" else None
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         record = {"name": shared.name, "root": os.path.abspath(cells.root), "left_out": info["unreadable"],
                   "train_images": len(train), "val_images": len(val), "test_images": len(test),
-                  "device": str(options["device"]), "gpu": gpu, "workers": options["workers"],
+                  "device": str(device), "gpu": gpu, "workers": options["workers"],
                   "ranks": ranks()[1], "compile": options["compile"], "versions": versions(),
                   "command": sys.argv}
         if ranks()[0] == 0:
@@ -561,8 +553,8 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
                 leftover.unlink()
             with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(settings | record, handle, indent=1)
-        fit(folder, net, train, val, lr=lr, fold=fold, memory_format=layout, crop=crop, mean=info["mean"],
-            std=info["std"], info={"model": model, "init": init}, **options)
+        fit(folder, net, train, val, lr=lr, fold=fold, memory_format=memory_format, crop=crop,
+            info={"model": model, "init": init}, **images, **options)
         publish(folder, net, val, test, **common)
     return 0
 
@@ -639,9 +631,9 @@ def run_options(args, parser):
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
     names = "model lr seed batch_size epochs image_size stop_lr optimizer schedule memory_format compile"
-    chosen = {"amp": choose_amp(device, args.amp), "workers": choose_workers(device, args.workers)}
-    check_shared_memory(chosen["workers"], args.batch_size // ranks()[1], args.image_size)
-    return {name: getattr(args, name) for name in names.split()} | chosen | {"device": device}
+    workers = choose_workers(args.workers, device, args.batch_size // ranks()[1], args.image_size)
+    chosen = {"device": device, "amp": choose_amp(device, args.amp), "workers": workers}
+    return {name: getattr(args, name) for name in names.split()} | chosen
 
 
 def open_checked(data, runs):
@@ -764,12 +756,12 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     args = parser.parse_args()
     init, own = args.init.split("=")[0], args.runs / "pretrain" / args.model
-    if "=" in args.init and (not re.fullmatch(r"\w[\w.+-]*", init) or init in ("random", "imagenet")):
-        parser.error(f"--init {args.init}: NAME=PATH needs a NAME of letters, digits and .+- , not {init}")
+    name = args.name or init
+    if not re.fullmatch(r"\w[\w.+-]*", name) or "=" in args.init and init in ("random", "imagenet"):
+        parser.error(f"--init {args.init}, --name {name}: a NAME (of NAME=PATH too) has letters, digits and "
+                     ".+- alone and is not random or imagenet")
     if "=" not in args.init and args.init not in models.INITS and not (own / init).is_dir():
         parser.error(f"--init {init}: not one of {', '.join(models.INITS)}, and not in {own}")
-    if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
-        parser.error(f"--name {args.name}: letters, digits, . + and - only")
     options = run_options(args, parser)
     weights = initial_weights(args.runs, args.model, args.init, args.weights)
     cells, info = open_checked(args.data, args.runs)
@@ -783,7 +775,7 @@ def main():
     folds = range(parts.shape[1]) if args.fold is None else args.fold
     if not all(0 <= fold < parts.shape[1] for fold in folds):
         parser.error(f"--fold {' '.join(map(str, folds))}: split.csv has folds 0 to {parts.shape[1] - 1}")
-    folder, status = args.runs / "train" / args.model / (args.name or init), 0
+    folder, status = args.runs / "train" / args.model / name, 0
     for fold in folds:
         count_twins(cells, info, parts[:, fold], args.runs / "overlaps.csv")
         status |= run(folder / f"fold{fold}", folder, cells, info, parts, init=init, weights=weights,

@@ -150,11 +150,12 @@ def test_a_second_call_does_nothing_and_says_so(study, demo):
     assert "epoch" not in done.stdout and state() == before
 
 
-def test_training_does_without_git(demo, tmp_path):
-    """A container often has no git: the commit is recorded as unknown, and training goes on."""
-    arguments = ["--model", MODEL, "--init", "random", "--fold", 0, "--data", demo / "bm", "--runs", tmp_path, *SMALL]
-    start("train.py", *arguments, PATH=str(tmp_path))
-    assert json.loads((tmp_path / "train" / MODEL / "random/fold0/config.json").read_text())["versions"]["commit"] is None
+def test_training_does_without_git(tmp_path, monkeypatch):
+    """A container often has no git: the commit is recorded as unknown."""
+    import train
+    assert len(train.versions()["commit"] or "") in (0, 40)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.versions()["commit"] is None
 
 
 def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo):

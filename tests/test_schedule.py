@@ -244,6 +244,21 @@ def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
     assert seen == [32, 32]
 
 
+def test_no_gradients_are_held_while_the_activations_grow(tmp_path):
+    """A set of gradients is as large as the network: freed before the forward pass, it is not part of the peak."""
+    net, held = linear(), []
+    net.register_forward_pre_hook(lambda module, given: held.append(net[1].weight.grad) if module.training else None)
+    fitted(tmp_path, net, 3)
+    assert held == [None] * 3
+
+
+@pytest.mark.parametrize("capability, amp", [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "off")])
+def test_precision_is_what_the_gpu_is_made_for(monkeypatch, capability, amp):
+    """Tensor cores compute in bf16 from Ampere on (8.0), in fp16 from Volta on (7.0); Pascal has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.choose_amp(torch.device("cuda")) == amp and train.choose_amp(torch.device("cuda"), "off") == "off"
+
+
 # ---------------------------------------------------------------- a run
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

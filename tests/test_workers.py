@@ -29,11 +29,12 @@ def cells(demo):
 
 
 def test_results_do_not_depend_on_the_number_of_workers(cells, tmp_path):
-    """Augmentation and dropout (squeezenet has it) draw the same numbers with 0, 1 and 2 workers: bitwise equal weights."""
-    runs = {workers: train_once(cells, tmp_path / str(workers), workers=workers) for workers in (0, 1, 2)}
+    """Augmentation and dropout (squeezenet has it) draw the same numbers with 0 and 2 workers: bitwise equal weights."""
+    cells = cells.subset(np.arange(0, len(cells), 2))
+    runs = {workers: train_once(cells, tmp_path / str(workers), workers=workers) for workers in (0, 2)}
     history, best, logits = runs[0]
     assert len(history) == 2 and torch.isfinite(logits).all()
-    for workers in (1, 2):
+    for workers in (2,):
         other_history, other_best, other_logits = runs[workers]
         for key, value in best.items():
             assert torch.equal(value, other_best[key]), (workers, key)
@@ -51,7 +52,8 @@ def test_another_seed_gives_other_weights(cells, tmp_path):
     for seed in (5, 6):
         torch.manual_seed(3)
         net = models.build_model("squeezenet1_1", len(cells.classes), image_size=32)
-        train.fit(tmp_path / str(seed), net, cells, cells.subset(np.arange(8)), epochs=1, seed=seed, **SETTINGS)
+        learn, val = cells.subset(np.arange(0, len(cells), 4)), cells.subset(np.arange(8))
+        train.fit(tmp_path / str(seed), net, learn, val, epochs=1, seed=seed, **SETTINGS)
         weights.append(next(iter(net.state_dict().values())).clone())
     assert not torch.equal(*weights)
 
