@@ -259,6 +259,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     if compile and cuda and any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules()):
         print("--compile: left out, since synchronised batch norm breaks the graph in every layer")
     elif compile:  # CUDA graphs do not go with DistributedDataParallel
+        torch.compiler.reset()  # the fold before has another network
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if cuda and number == 1 else None)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes while the next epoch trains
         writing, first = None, len(history) + 1
@@ -561,7 +562,8 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
 
 def publish(folder, net, val, test, **options):
     """Write the best epoch's predictions, last predictions.csv, since it says that the run is finished."""
-    best = from_rank_0(lambda: torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
+    from_rank_0(lambda: None)  # rank 0 has written best.pt by now
+    best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
     net.load_state_dict(best["state_dict"])
     if len(test):
         write_predictions(folder / "val_predictions.csv", val, predict(net, val, **options))
