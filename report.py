@@ -441,32 +441,32 @@ def of_training(folder, folds, results):
 
 
 def of_overlaps(runs, fingerprint):
-    """What images have in common: pieces of a slide (overlaps.csv), exact duplicates, and their labels.
+    """Overlaps and exact duplicates of images: counts, and the images of one cell that have two labels.
 
-    shared {kind: {(image, fold) tested with such a partner among the training images}}; contradicted: images
-    of one cell with two labels, as doubtful_rows takes it.
+    twins: (image, fold) tested with a duplicate in training; contradicted: as doubtful_rows takes it.
     """
     paths, labels, parts = evaluate.read_split(runs / "split.csv")
-    split = {path: (label, part) for path, label, part in zip(paths, labels, [] if parts is None else parts)}
+    split = dict(zip(paths, zip(labels, [] if parts is None else parts)))
     scans = [read_json(file) for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
-    pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.combinations(group, 2)]
-    overlaps = None
-    if (runs / "overlaps.csv").exists():
-        overlaps = pd.read_csv(runs / "overlaps.csv", dtype={"first": str, "second": str}, **evaluate.CSV)
-        near = np.hypot(overlaps.dx, overlaps.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
-        pairs += zip(overlaps["first"], overlaps["second"], np.where(near, "same cell", "overlap"))
-    contradicted, shared = {}, {"exact duplicate": set(), "overlap": set()}
-    for *pair, kind in pairs:
-        for one, other in (pair, pair[::-1]) if {*pair} <= split.keys() else ():
+    pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.permutations(group, 2)]
+    file, note, contradicted, twins = runs / "overlaps.csv", None, {}, set()
+    if file.exists() and split:
+        note = evaluate.read_overlaps(file, paths, parts)[1]
+        table = pd.read_csv(file, dtype={"first": str, "second": str}, **evaluate.CSV)
+        same = np.hypot(table.dx, table.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
+        for first, second in table.loc[same, ["first", "second"]].to_numpy():
+            pairs += [(first, second, "same cell"), (second, first, "same cell")]
+    for one, other, kind in pairs:
+        if one in split and other in split:
             (label, part), (other_label, other_part) = split[one], split[other]
-            leaks = np.flatnonzero((part == "test") & (other_part == "train"))
-            shared["overlap" if kind == "same cell" else kind].update((one, fold) for fold in leaks)
-            if kind != "overlap" and label != other_label:
+            if label != other_label:
                 contradicted[one] = other_label, f"{kind} as {other}"
-    return {"overlaps": overlaps, "duplicates": duplicates, "contradicted": contradicted, "shared": shared,
-            "tests": 0 if parts is None else (parts == "test").sum(), "sheet": runs / "results/overlaps.png"}
+            if kind == "exact duplicate":
+                twins.update((one, k) for k in np.flatnonzero((part == "test") & (other_part == "train")))
+    return {"overlaps": note, "duplicates": duplicates, "contradicted": contradicted, "twins": twins,
+            "sheet": runs / "results/overlaps.png"}
 
 
 def of_labels(study, tested, contradicted, config, results, data, number):
@@ -533,11 +533,8 @@ def main():
             if name not in study.runs:
                 names = ", ".join(map("/".join, study.runs))
                 raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
-        try:
-            tested = {name: {fold: evaluate.read_predictions(files[name][fold]) for fold in study.runs[name]}
-                      for name in {run, *doubt}}
-        except ValueError as error:  # in the probabilities, which no table needs
-            raise SystemExit(f"{error}; train that fold again") from None
+        tested = {name: {fold: evaluate.read_predictions(files[name][fold]) for fold in study.runs[name]}
+                  for name in {run, *doubt}}
         known = set(study.classes) == set(evaluate.CLASSES) and (HERE / "paper/table4.csv").exists()
         doubted, folder = {name: tested[name] for name in doubt}, args.runs / "train" / run[0] / run[1]
         config = read_json(files[run][min(tested[run])].with_name("config.json"))

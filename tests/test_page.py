@@ -311,7 +311,7 @@ def test_all_pictures_load_and_say_what_they_show(browser, page):
     where = [section for *_, section in pictures]
     assert {"classes": 1, "calibration": 4, "training": 5, "heatmaps": 1}.items() <= {name: where.count(name) for name in where}.items()
     text = browser.run("document.getElementById('overlaps').textContent")
-    assert "15 pairs of images show the same piece" in text and "1 groups of exact duplicates" in text and "2 images show a cell" in text
+    assert "(15 pairs)" in text and "1 groups of exact duplicates" in text and "2 images show a cell" in text
     assert where.count("labels") > 5 and "image not found" in browser.run("document.body.textContent")
 
 
@@ -392,8 +392,7 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
     found = report.of_overlaps(tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
-    assert found["shared"] == {"overlap": {("A/a", 0), ("B/b", 1), ("B/d", 1)}, "exact duplicate": {("A/e", 0), ("B/f", 1), ("A/g", 1)}}
-    assert (found["tests"], len(found["overlaps"])) == (7, 2)
+    assert found["overlaps"].startswith("3 of 7 test images") and found["twins"] == {("A/e", 0), ("B/f", 1), ("A/g", 1)}
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
     assert {path: label for path, (label, _) in found["contradicted"].items()} == {
