@@ -15,6 +15,7 @@ import concurrent.futures
 import csv
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import signal
@@ -103,14 +104,25 @@ def print_prior(folder, prior):
 
 # ---------------------------------------------------------------- new images
 def find_images(images, out):
-    """(folder, paths of the images below it, [(path, why)] of those not read); a file is a folder of one."""
+    """(folder, paths of the images below it, [(path, why)] of pictures not read); a file: a folder of one."""
     if images.is_file():
         return images.parent, [images.name], []
-    if images.resolve() == out.resolve():
-        raise SystemExit(f"{out}: the images' own folder; name another one with --out")
+    if not images.is_dir() or images.resolve() == out.resolve():
+        why = "the images' own folder; name another --out" if images.is_dir() else "no such file or folder"
+        raise SystemExit(f"{images}: {why}")
     ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
-    paths = datasets.find_images(images)[0] if images.is_dir() else []
-    return images, [path for path in paths if not path.startswith(ours)], []
+    (paths, unread), others = datasets.find_images(images), []
+    for ending, number in sorted(unread.items()):
+        print(f"{images}: {number} {ending} files are pictures of a type that is not read")
+    for file in sorted(images.rglob("*")) if unread else []:
+        path = file.relative_to(images)
+        hidden = any(part[0] == "." or part.lower() in datasets.SYSTEM for part in path.parts)
+        if file.suffix.lower() in unread and not hidden:
+            others.append((path, "a type of picture that is not read"))
+    paths = [path for path in paths if not path.startswith(ours)]
+    if not paths:
+        raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
+    return images, paths, others
 
 
 def load_networks(checkpoints, device):
@@ -210,8 +222,6 @@ def differential(smears, predicted, classes):
 def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
     folder, paths, left_out = find_images(images, out)
-    if not paths:
-        raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
     nets = load_networks(checkpoints, device)
     classes = nets[0][1]["classes"]
     ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for _, info in nets], 0))
@@ -220,7 +230,9 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     if strange:
         raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
     cells = datasets.Cells(folder, folder.name, classes, paths, np.zeros(len(paths)))
-    whys, digests, *_ = zip(*datasets.inspect_all(cells))
+    whys, digests, _, _, notes = zip(*datasets.inspect_all(cells))
+    for note, number in collections.Counter(itertools.chain(*notes)).items():
+        print(f"{number} images {note}")
     bad = [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
     if len(bad) == len(paths):
         raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(bad[0])}")
@@ -250,8 +262,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
         print("no scores: a checkpoint was trained on all these images")
     else:
         print(f"no scores: no folder is named as a class ({', '.join(classes)}); see --map")
-    print(f"{out}: {len(cells)} images (prior: {prior}); {len(bad)} unreadable, {len(seen)} not scored, see "
-          "left_out.csv")
+    print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} in left_out.csv")
 
 
 def main():

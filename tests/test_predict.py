@@ -145,6 +145,7 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
     assert sorted(row["path"].split("/")[-1] for row in read(tmp_path / "out" / "left_out.csv")) == [
         "empty.jpg", "half.jpg", "notes.jpeg"]
     said = capsys.readouterr().out
+    assert "1 images have an alpha channel" in said and "1 images hold 16 bits" in said
     assert all(f"sub/deeper/{name}: unreadable" in said for name in ("half.jpg", "empty.jpg", "notes.jpeg"))
     for row in rows:
         shown = cv2.imread(str(tmp_path / "out" / "heatmaps" / f"{row['path']}.png"))
@@ -164,6 +165,21 @@ def test_one_image_file(trained, tmp_path, monkeypatch, capsys):
     assert [file.name for file in (tmp_path / "out/heatmaps").iterdir()] == ["x.JPG.png"]
     (tmp_path / "x.txt").write_text("no image")
     assert "x.txt: UnidentifiedImageError" in refusal(monkeypatch, *options, tmp_path / "x.txt").replace("unreadable: ", "")
+
+
+def test_system_folders_are_no_images_and_pictures_not_read_are_listed(trained, tmp_path, monkeypatch, capsys):
+    """A network drive's thumbnails and a phone's HEIC among the cells."""
+    runs, cells = trained
+    copy_cells(cells, cells.paths[:2], tmp_path / "new")
+    for folder in ("@eaDir/1.jpg", "$RECYCLE.BIN", "sub/#recycle", "lost+found", "__MACOSX", ".cache"):
+        copy_cells(cells, cells.paths[:1], tmp_path / "new" / folder)
+    (tmp_path / "new/@eaDir/2.heic").write_bytes(b"a thumbnail")
+    for name in ("a.HEIC", "sub/b.heic", "sub/c.dcm", "notes.txt"):
+        (tmp_path / "new" / name).write_bytes(b"something")
+    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out", "--no-heatmaps")
+    assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(cells.paths[:2])
+    others = [row["path"] for row in read(tmp_path / "out/left_out.csv") if "type" in row["why"]]
+    assert others == ["a.HEIC", "sub/b.heic", "sub/c.dcm"] and "2 .heic files are pictures of a type that is not read" in capsys.readouterr().out
 
 
 def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monkeypatch):
@@ -261,7 +277,7 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad" / "1.jpg").write_text("no image")
     options, good = ("--images", cells.root, "--out", out), ("--checkpoint", checkpoint(runs, 0), "--out", out)
     assert "no image found" in refusal(monkeypatch, *good, "--images", tmp_path / "empty")
-    assert "no image found" in refusal(monkeypatch, *good, "--images", tmp_path / "no")
+    assert "no such file or folder" in refusal(monkeypatch, *good, "--images", tmp_path / "no")
     assert "none of 1 images" in refusal(monkeypatch, *good, "--images", tmp_path / "bad")
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "lightning.ckpt")
     assert "no checkpoint of ours" in refusal(monkeypatch, "--checkpoint", tmp_path / "lightning.ckpt", *options)
