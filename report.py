@@ -366,9 +366,9 @@ def add_intervals(study, table4, theirs):
         ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds])
         error = row["f1_fold_std"] * np.sqrt(1 / len(folds) + (PAPER_RATIO if np.isnan(ratio) else ratio))
         half = special.stdtrit(len(folds) - 1, 0.975) * error
-        row |= {"f1_low": row["f1_mean"] - half, "f1_high": row["f1_mean"] + half}
+        row |= {"f1_low": max(row["f1_mean"] - half, 0.0), "f1_high": min(row["f1_mean"] + half, 1.0)}
         ends += [row["f1_mean"], row["f1_low"], row["f1_high"], theirs.get(run, row)["f1_mean"]]
-    return np.clip([np.floor(10 * np.nanmin(ends)) / 10, np.ceil(10 * np.nanmax(ends)) / 10], 0, 1)
+    return np.floor(10 * np.nanmin(ends)) / 10, np.ceil(10 * np.nanmax(ends)) / 10
 
 
 def readable(rows, columns=None, theirs={}):
