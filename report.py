@@ -291,8 +291,9 @@ def plot(table, by, x, y, *, square=False, marks={}, **settings):
 
     square: both axes from 0 to 1, with the diagonal; marks {label: x}; settings: of matplotlib's axes.
     """
-    figure, png = Figure(figsize=(4.6, 3.4), layout="constrained"), io.BytesIO()
-    axes, styles = figure.subplots(), itertools.cycle(("o-", "s--", "^-.", "v:"))
+    figure, png = Figure(figsize=(4.6, 3.4)), io.BytesIO()
+    axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))  # a layout engine would double the time
+    styles = itertools.cycle(("o-", "s--", "^-.", "v:"))
     for label, group in pd.DataFrame(table).groupby(by, sort=False):
         axes.plot(group[x], group[y], next(styles), label=label, markersize=3.5)
     for label, where in marks.items():
