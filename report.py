@@ -287,14 +287,14 @@ def inline(picture, kind="png"):
 
 
 def plot(table, by, x, y, *, square=False, marks={}, **settings):
-    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`.
+    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`, or one without it.
 
     square: both axes from 0 to 1, with the diagonal; marks {label: x}; settings: of matplotlib's axes.
     """
     figure, png = Figure(figsize=(4.6, 3.4)), io.BytesIO()
     axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))  # a layout engine would double the time
     styles = itertools.cycle(("o-", "s--", "^-.", "v:"))
-    for label, group in pd.DataFrame(table).groupby(by, sort=False):
+    for label, group in pd.DataFrame(table).groupby(by or (lambda row: y), sort=False):
         axes.plot(group[x], group[y], next(styles), label=label, markersize=3.5)
     for label, where in marks.items():
         axes.axvline(where, color="k", linestyle="-" if label.startswith("chosen") else ":", label=label)
@@ -330,15 +330,23 @@ def read_json(file):
         return {}
 
 
+def read_table(file):
+    """A CSV of numbers as a DataFrame; None if there is none that can be read."""
+    try:
+        return pd.read_csv(file)
+    except (OSError, ValueError):
+        return None
+
+
 def progress(runs):
     """Rows network, stage, state of all trainings that have been begun."""
     states = {}
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
-        log, config = folder / "log.csv", read_json(folder / "config.json")
-        state = f"at epoch {len(pd.read_csv(log)) if log.exists() else 0} of {config.get('epochs', '?')}"
+        log, config = read_table(folder / "log.csv"), read_json(folder / "config.json")
+        state = f"at epoch {0 if log is None else len(log)} of {config.get('epochs', '?')}"
         if (folder / "predictions.csv").exists():
             state = "finished"
-        if log.exists() or config or state == "finished":
+        if log is not None or config or state == "finished":
             states.setdefault(folder.relative_to(runs).parts[:3], Counter())[state] += 1
     return [{"network, pre-training": title(*run), "stage": stage,
              "state": ", ".join(f"{number} {state}" for state, number in found.items())}
@@ -430,14 +438,13 @@ def of_probabilities(study, run, files, tested, results):
 
 def of_training(folder, folds, results):
     """Learning curves, range test and heatmaps of the row of Table 4 in this folder."""
-    curves, tried, measured = [], folder / "lr_range.csv", read_json(folder / "measured.json")
-    for fold in folds:
-        if (folder / f"fold{fold}/log.csv").exists():
-            curves.append(pd.read_csv(folder / f"fold{fold}/log.csv").assign(fold=f"fold {fold}"))
+    logs = {fold: read_table(folder / f"fold{fold}/log.csv") for fold in folds}
+    curves = [log.assign(fold=f"fold {fold}") for fold, log in logs.items() if log is not None]
+    measured = read_json(folder / "measured.json")
     rates = {f"tried {rate:.2g}: {score:.3g}": rate for rate, score in measured.get("candidates") or ()}
     rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
     return {"curves": pd.concat(curves) if curves else None, "rates": rates,
-            "tried": pd.read_csv(tried).assign(of="loss") if tried.exists() else None,
+            "tried": read_table(folder / "lr_range.csv"),
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 

@@ -459,6 +459,7 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow: all of this is said."""
     runs = simulate_study(tmp_path, models=("resnet18",), inits=("cd",), images=180, folds=2, pictures=0, cells={"asch": 5, "hsil": 6, "scc $x$ <i>": 3}, val=False)
     shutil.rmtree(runs / "train/resnet18/cd/fold1")
+    (runs / "train/resnet18/cd/lr_range.csv").touch()  # of a full disk
     for name in ("split.csv", "train/resnet18/cd/fold0/log.csv", "train/resnet18/cd/fold0/config.json"):
         (runs / name).unlink()
     browser.events.clear()
