@@ -351,6 +351,7 @@ def test_exact_duplicates_are_named_within_and_across_classes(tmp_path):
     assert groups == {frozenset(["a/000.png", "a/copy.png", "a/other copy.png"]), frozenset(["b/001.png", "a/wrong.png"])}
     text = datasets.describe(info)
     assert "exact duplicates 2 groups, 1 of them across classes" in text
+    assert info["notes"] == ["1 groups of equal images have several labels, e.g. a/wrong.png and b/001.png"]
     assert all(path in text for group in groups for path in group)
 
 
