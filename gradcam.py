@@ -156,12 +156,6 @@ def add_heat(cells, classes, data, device):
                 bar.update(len(some))
 
 
-def printable(path, width=30):
-    """The end of a file name, in characters that can be drawn."""
-    name = "".join(c if c.isprintable() else "?" for c in path.split("/")[-1])
-    return name if len(name) <= width else "…" + name[1 - width:]
-
-
 @rc_context({"text.parse_math": False})  # a $ in a file name is no formula
 def draw_figure(file, title, classes, right, wrong):
     """A class's figure; right and wrong are (heading, cells), wrong ones with two heatmaps each."""
@@ -178,7 +172,7 @@ def draw_figure(file, title, classes, right, wrong):
             axis.set_axis_off()
         for (first, *others), cell in zip(axes, cells):
             first.imshow(cell["picture"])
-            name = printable(cell["path"])
+            name = "".join(c if c.isprintable() else "?" for c in pathlib.PurePath(cell["path"]).name[-30:])
             first.set_title(f"{name}\n{cell['fold'].name}, true class: {cell['label']}", fontsize=8)
             for axis, label in zip(others, dict.fromkeys((cell["prediction"], cell["label"]))):
                 heat, p = cell["heat"][label], cell["p"][classes.index(label)]

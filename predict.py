@@ -257,7 +257,8 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     if scored.any():
         truth = np.array([classes.index(label) for label in np.array(labels)[scored]])
         study = make_study(nets[0][1]["model"], classes, [(truth, p[scored])], [ratio], prior)
-        print(evaluate.write_tables(study, out)[1])
+        print(evaluate.table_text(evaluate.table4_rows(study)))
+        evaluate.write_tables(study._replace(runs=dict(list(study.runs.items())[-1:])), out)  # the prior's
     elif known.any():
         print("no scores: a checkpoint was trained on all these images")
     else:

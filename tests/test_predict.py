@@ -250,6 +250,29 @@ def test_prior_of_a_file(tmp_path, monkeypatch, trained):
     assert not (tmp_path / "out").exists()
 
 
+def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatch, capsys):
+    """p times the class's number of training images, which the split tells, scaled to add up to 1."""
+    runs, cells = trained
+    own = read(checkpoint(runs, 0).with_name("predictions.csv"))[::4]
+    copy_cells(cells, [row["path"] for row in own], tmp_path / "new")
+    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out",
+            "--no-heatmaps", "--prior", "train")
+    parts = parts_of(runs, 0)
+    counts = np.array([sum(path.startswith(f"{label}/") and parts[path] == "train" for path in parts) for label in cells.classes])
+    rows = {row["path"]: row for row in read(tmp_path / "out/predictions.csv")}
+    right = 0
+    for row in own:
+        p = np.array([float(row[f"p_{label}"]) for label in cells.classes]) * counts
+        ours = [float(rows[row["path"]][f"p_{label}"]) for label in cells.classes]
+        np.testing.assert_allclose(ours, p / p.sum(), atol=1e-5)
+        right += cells.classes[p.argmax()] == row["label"]
+    table4 = read(tmp_path / "out/table4.csv")
+    assert [row["init"] for row in table4] == ["prior_train"]  # that of predictions.csv; as trained is printed beside
+    assert float(table4[0]["accuracy_mean"]) == pytest.approx(right / len(own), abs=1e-6)
+    said = capsys.readouterr().out
+    assert "prior_uniform" in said and "prior_train" in said and not (tmp_path / "out/comparisons.csv").exists()
+
+
 def test_prior_beside_the_tables_of_a_run(trained, monkeypatch, capsys):
     runs, cells = trained
     command(monkeypatch, "--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", runs, "--prior", "train")
