@@ -3,10 +3,10 @@
     python evaluate.py                              every finished run in runs/, also of an unfinished study
     python evaluate.py --compare paper/table4.csv   also prints the published numbers (or another table4.csv)
 
-Reads runs/train/<model>/<init>/fold<k>/predictions.csv and, where they exist, config.json, runs/split.csv and
-runs/overlaps.csv.
-Writes runs/results/table4.*, table5_<model>_<init>.*, confusion_<model>_<init>.* and comparisons.csv.
-An invalid file is named on stderr and left out of the tables; the exit status is then 1.
+Reads runs/train/<model>/<init>/fold<k>/predictions.csv and, where they exist, config.json beside it,
+runs/split.csv and runs/overlaps.csv. Writes runs/results/table4.*, table5_<model>_<init>.*,
+confusion_<model>_<init>.* and comparisons.csv. An invalid file is named on stderr and left out; the exit
+status is then 1.
 """
 import argparse
 import contextlib
@@ -288,10 +288,8 @@ def macro_f1(folds):
 
 def score_columns(mean, std):
     """{"precision_mean": mean[0], "precision_std": std[0], ..., "f1_std": std[2]}."""
-    columns = {}
-    for i, score in enumerate(SCORES):
-        columns |= {f"{score}_mean": mean[i], f"{score}_std": std[i]}
-    return columns
+    both = {"mean": mean, "std": std}
+    return {f"{score}_{what}": both[what][i] for i, score in enumerate(SCORES) for what in both}
 
 
 def accuracy(confusions):
@@ -508,11 +506,11 @@ def table_text(rows):
 def read_table4(file):
     """{(model, init): {"precision_mean": float, ..., "quoted": is it the paper's row from Matek et al.}}."""
     with error_context(file):
-        table = pd.read_csv(file, dtype={"model": str, "init": str}, encoding_errors="surrogateescape")
+        table = pd.read_csv(file, dtype=str, **CSV)
         keys = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
         if table.empty or not {"model", "init", *keys} <= set(table):
             raise ValueError("is no table4.csv (model,init,precision_mean,...)")
-        table[keys] = table[keys].astype(float)
+        table[keys] = table[keys].replace("", "nan").astype(float)
         table["quoted"] = (table.model == "resnext50_32x4d") & ("folds" not in table)
         return {(row["model"], row["init"]): row for row in table.to_dict("records")}
 

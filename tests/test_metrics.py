@@ -472,6 +472,16 @@ def test_a_study_of_ones_own_is_compared_in_all_rows(study):
     assert len(rows) == 6 and abs(numbers[..., 0] - numbers[..., 1]).max() <= 0.0011 and abs(numbers[..., 2]).max() == 0
 
 
+def test_rows_may_be_called_like_missing_values(tmp_path):
+    """A row of --name NA, and the classes NA and 01, are compared as such."""
+    for init in ("NA", "01"):
+        write_predictions(tmp_path, ("nan", init), 0, [("1", "NA", "NA"), ("2", "01", "NA"), ("3", "01", "01")], ["NA", "01"])
+    assert command("--runs", tmp_path)[0] == 0
+    status, out, _ = command("--runs", tmp_path, "--compare", tmp_path / "results/table4.csv")
+    assert status == 0 and [row[0] for row in comparison_in(out)["nan", "NA"]] == ["0.750", "0.750", "0.667"]
+    assert [row["class"] for row in read_csv(tmp_path / "results/table5_nan_01.csv")] == ["01", "NA"]
+
+
 @pytest.mark.parametrize("content", [None, "", "a,b\n1,2\n", "model,init,precision_mean\nm,i,0.5\n"])
 def test_a_file_that_is_no_table_4_is_refused_in_one_line(study, tmp_path, content):
     if content is not None:
