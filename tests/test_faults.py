@@ -20,8 +20,7 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OPTIONS = ("--image-size 32 --batch-size 8 --workers 0 --device cpu --amp off --memory-format contiguous --epochs 3 "
-           "--lr 0.01").split()
+OPTIONS = "--image-size 32 --batch-size 8 --workers 0 --device cpu --amp off --epochs 3 --lr 0.01".split()
 FINISHED = {"best.pt", "config.json", "lock", "log.csv", "predictions.csv", "val_predictions.csv"}
 PATIENCE = 120  # seconds that a small step may take on a busy machine before a test counts it as hanging
 
@@ -461,15 +460,13 @@ def test_one_process_a_run(starter, cells, tmp_path):
     assert third.wait() == -signal.SIGKILL, third.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
-def test_a_data_worker_dies_or_hangs(starter, cells, tmp_path, number):
-    """The OOM killer takes a data worker, or one hangs: the run ends with a line, and leaves no process behind."""
-    script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1),
-                           before="import datasets; datasets.WORKER_TIMEOUT = 3")
+def test_a_data_worker_dies(starter, cells, tmp_path):
+    """The OOM killer takes a data worker: the run ends with a line, and leaves no process behind."""
+    script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1))
     until(lambda: len(log(fold_of(tmp_path))) >= 1 or script.poll() is not None, script)
     for pid in script.family():
         if pid != script.pid:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGKILL)
     assert script.wait(60) == 1
     one_line(script, "DataLoader", "resumes")
     until(lambda: not script.family())
@@ -610,7 +607,7 @@ def test_other_settings_are_refused(starter, cells, undisturbed, tmp_path):
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.name != "lock" and file.suffix != ".tmp"}
     changed = {"seed": ("--seed", 1), "epochs": ("--epochs", 4), "batch_size": ("--batch-size", 4), "lr": ("--lr", 0.02),
                "image_size": ("--image-size", 64), "stop_lr": ("--stop-lr", 0.5), "amp": ("--amp", "bf16"),
-               "memory_format": ("--memory-format", "channels_last"), "optimizer": ("--optimizer", "adamw"),
+               "memory_format": ("--memory-format", "contiguous"), "optimizer": ("--optimizer", "adamw"),
                "schedule": ("--schedule", "cosine")}
     for key, more in changed.items():
         script = starter.run(*command(cells, tmp_path, *more))
