@@ -282,7 +282,7 @@ def open_classes(folder, name, notes=()):
 def refuse_parts(root, images):
     """SystemExit if folders {name: paths of images} are parts of a data set, not classes.
 
-    Their names say so, or all hold the same folders, unless these are number ranges (TCIA's 0001-1000), parts,
+    Their names say so, or all hold the same folders, unless those are number ranges (TCIA's 0001-1000), parts
     or, where some hold fewer, have names with digits, as patients do.
     """
     words = {name: {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name) if w[1:]} for name in images}

@@ -169,22 +169,22 @@ def read_twins(runs, name, paths):
         with open(runs / "overlaps.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
             twins["overlap with"] = [(row["first"], row["second"]) for row in csv.DictReader(handle)]
     if (runs / "data" / f"{name}.json").exists():
-        twins["are exact copies of"] = json.loads((runs / "data" / f"{name}.json").read_bytes())["duplicates"]
+        twins["are copies of"] = json.loads((runs / "data" / f"{name}.json").read_bytes())["duplicates"]
     return {kind: [[place[path] for path in some if path in place] for some in twins[kind]] for kind in twins}
 
 
 def count_leaks(parts, groups):
     """How many test images of each fold are in a group (indices of images) with a training image."""
     leaks = [set() for _ in range(parts.shape[1])]
-    for group in groups:
+    for group in filter(lambda group: len(group) > 1, groups):
         for found, column in zip(leaks, parts[group].T):
             if "train" in column:
                 found.update(image for image, part in zip(group, column) if part == "test")
     return [len(found) for found in leaks]
 
 
-def describe(targets, classes, parts):
-    """The split as text: test/val/train images of each class and fold, and the classes that lack a part."""
+def describe(targets, classes, parts, groups, twins):
+    """The split as text: images of each class, part and fold; groups; test images with a twin in training."""
     lines, scarce = ["test/val/train    images"], []
     lines[0] += "".join(f"{f'fold{k}':>20}" for k in range(parts.shape[1]))
     for label, name in enumerate(classes):
@@ -196,12 +196,6 @@ def describe(targets, classes, parts):
             scarce.append(f"{name} ({len(rows)})")
     if scarce:
         lines.append(f"too few images or groups to be in every part of every fold: {', '.join(scarce)}")
-    return "\n".join(lines)
-
-
-def describe_leaks(parts, groups, twins):
-    """Groups (one id an image, or None), and how many test images have a twin in training, as text."""
-    lines = []
     if groups is not None:
         order, sizes = np.argsort(groups), np.unique(groups, return_counts=True)[1]
         twins = {"share a group with": np.split(order, np.cumsum(sizes)[:-1])} | twins
@@ -233,10 +227,8 @@ def main():
     try:
         groups = read_groups(args.groups, paths) if args.groups else cells.groups
         parts = make_splits(cells.targets, args.folds, args.val, args.seed, groups)
-        print(describe(cells.targets, cells.classes, parts))
         twins = read_twins(pathlib.Path(args.out).parent, cells.name, paths)
-        if text := describe_leaks(parts, groups, twins):
-            print(text)
+        print(describe(cells.targets, cells.classes, parts, groups, twins))
         if not os.path.lexists(args.out):
             write_splits(args.out, paths, labels, parts)
             return print(f"{args.out}: written, {len(paths):,} images in {args.folds} folds")
@@ -245,8 +237,7 @@ def main():
     except ValueError as error:
         raise SystemExit(f"{args.data}: {error}") from None
     except OSError as error:
-        why = f"{args.out}: cannot be written ({error.strerror})"
-        raise SystemExit(f"{why}; name another file with --out") from None
+        raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another by --out") from None
     old = read_splits(args.out)
     if set(zip(*old[:2], map(tuple, old[2]))) != set(zip(paths, labels, map(tuple, parts))):
         what = f"another split, {len(old[0]):,} images in {old[2].shape[1]} folds"
