@@ -56,7 +56,7 @@ def test_the_matrix_agrees_with_scikit_learn_in_the_papers_order(tmp_path):
     """All 21 classes, given in another order; the rarest with 8 images, so that every fold tests each."""
     names = random.Random(1).sample(list(BM), 21)
     answers = simulate(tmp_path, {name: 8 + i for i, name in enumerate(names)}, {("vit_l_32", "cd"): 0.6}, folds=4)
-    assert command("--runs", tmp_path)[0] == 0
+    assert command("--runs", tmp_path, pictures=True)[0] == 0
     header, rows, matrix = confusion_of(tmp_path / "results/confusion_vit_l_32_cd.csv")
     assert header == rows == list(BM)
     assert np.abs(matrix.sum(1) - 1).max() < 1e-4 < np.abs(matrix.sum(0) - 1).max()
@@ -155,8 +155,8 @@ def test_numbers_stay_within_their_cells(fig4):
         assert x0 < box.x0 and box.x1 < x1 and y0 < box.y0 and box.y1 < y1
 
 
-@pytest.mark.parametrize("classes", [["asch", "hsil"], ["a", "b", "c"], CD, [f"a long name, number {i}" for i in range(5)],
-                                     pytest.param([*BM, *(name.lower() for name in BM)], marks=pytest.mark.long)], ids=["2", "3", "11", "long", "42"])
+@pytest.mark.parametrize("classes", [["asch", "hsil"], CD, [f"a long name, number {i}" for i in range(5)],
+                                     pytest.param([*BM, *(name.lower() for name in BM)], marks=pytest.mark.long)], ids=["2", "11", "long", "42"])
 def test_data_sets_of_other_sizes_are_legible_too(classes):
     images = np.geomspace(1, 40000, len(classes)).round().astype(int)
     figure, *_ = draw(plausible([0.8] * len(classes)), images, classes)
