@@ -17,7 +17,6 @@ import datetime
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -655,46 +654,26 @@ def open_checked(data, runs):
 
 def open_split(file, cells, unreadable):
     """(images of the split, their parts: str [N, folds]); without a file makes a stratified 5-fold split."""
-    labels = np.array(cells.classes)[cells.targets]
+    names = np.array(cells.classes)[cells.targets]
     with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
-            parts = splits.make_splits(cells.targets, groups=cells.groups)
-            splits.write_splits(file, cells.paths, labels, parts)
+            splits.write_splits(file, cells.paths, names, splits.make_splits(cells.targets, groups=cells.groups))
             print(f"{file}: new stratified split into 5 folds")
     paths, labels, parts = splits.read_splits(file)
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:
         raise SystemExit(f"{file}: {len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. "
                          f"{gone[0]}; put them back, or name another folder with --runs")
-    new = ~np.isin(cells.paths, paths)
-    if new.any():
-        print(f"{file}: {new.sum()} images of {cells.root} are not in it: left out, e.g. "
-              f"{cells.paths[new][0]}", file=sys.stderr)
-    cells, row = cells.subset(~new), {path: i for i, path in enumerate(paths)}
-    rows = [row[path] for path in cells.paths]
-    wrong = cells.paths[np.array(labels)[rows] != np.array(cells.classes)[cells.targets]]
+    row = {path: i for i, path in enumerate(paths)}
+    rows = np.array([row.get(path, -1) for path in cells.paths])
+    wrong = cells.paths[(rows >= 0) & (np.array(labels)[rows] != names)]
     if len(wrong):
         raise SystemExit(f"{file}: {len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}; "
                          "correct it or remove it")
-    return cells, parts[rows]
-
-
-def count_twins(cells, info, parts, overlaps):
-    """Say how many test images share pixels with training images: duplicates, and pairs of overlaps.csv."""
-    part, label = dict(zip(cells.paths, parts)), dict(zip(cells.paths, cells.targets))
-    groups = [[path for path in group if path in part] for group in info["duplicates"]]
-    pairs = [pair for group in groups for pair in itertools.permutations(group, 2)]
-    twins = {one for one, other in pairs if part[one] == "test" and part[other] == "train"}
-    torn = sum(len({label[path] for path in group}) > 1 for group in groups)
-    if twins or torn:
-        print(f"{len(twins)} test images are exact duplicates of training images; {torn} groups of equal "
-              "images have contradicting labels")
-    if overlaps.exists():
-        with open(overlaps, encoding="utf-8", errors="surrogateescape", newline="") as handle:
-            rows = [(row["first"], row["second"]) for row in csv.DictReader(handle)]
-        pairs = rows + [row[::-1] for row in rows]
-        shared = {one for one, other in pairs if part.get(one) == "test" and part.get(other) == "train"}
-        print(f"{len(shared)} test images share a piece of the slide with training images")
+    if (rows < 0).any():
+        print(f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it: left out, e.g. "
+              f"{cells.paths[rows < 0][0]}", file=sys.stderr)
+    return cells.subset(rows >= 0), parts[rows[rows >= 0]]
 
 
 def interrupt(number, frame):
@@ -777,9 +756,11 @@ def main():
     folds = range(parts.shape[1]) if args.fold is None else args.fold
     if not all(0 <= fold < parts.shape[1] for fold in folds):
         parser.error(f"--fold {' '.join(map(str, folds))}: split.csv has folds 0 to {parts.shape[1] - 1}")
+    for kind, groups in splits.read_twins(args.runs, cells.name, cells.paths).items():
+        if groups:
+            print(f"test images that {kind} a training image, by fold: {splits.count_leaks(parts, groups)}")
     folder, status = args.runs / "train" / args.model / name, 0
     for fold in folds:
-        count_twins(cells, info, parts[:, fold], args.runs / "overlaps.csv")
         status |= run(folder / f"fold{fold}", folder, cells, info, parts, init=init, weights=weights,
                       fold=fold, **options)
     return status
