@@ -5,18 +5,17 @@
     python report.py --doubt vit_l_32/cd resnet152/cd  doubtful labels by the mean of several rows
 
 The page, report.html filled in, is one file that needs no network. Beside it: label_issues.csv (doubtful
-labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv. What rests on val_predictions.csv,
-log.csv, lr_range.csv or gradcam_*.png is left out without them, and the page says so.
+labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv. What needs val_predictions.csv,
+log.csv, lr_range.csv or gradcam_*.png is left out without them; the page says so.
 """
 import argparse
 import base64
-import csv
-import datetime
 import io
 import itertools
 import json
 import pathlib
 import signal
+import time
 from collections import Counter, namedtuple
 
 import jinja2
@@ -35,15 +34,12 @@ ENOUGH = 50  # images that a class needs for its labels, or suggestions of it, t
 HANDED_OVER = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the images that go to a human
 CLINIC = ("BLA", "FGC", "HAC", "PEB")  # blasts, faggot cells, hairy cells, proerythroblasts: not to be missed
 SPECIFICITIES = (0.99, 0.999)
-PAPER_RATIO = 0.20 / 0.64  # test to training images, for runs that don't tell
 PLAIN = ("as trained", "prior-corrected")  # each also with a temperature: "as trained, temperature"
 SCORES = ("macro precision", "macro recall (balanced accuracy)", "macro F1", "macro F1 of the common classes",
           "weighted precision", "accuracy (weighted recall)", "weighted F1", "top-2 accuracy")
 TINY = np.finfo(np.float32).tiny  # probabilities come from float32: a zero was something below this
-HEATMAPS, CELLS = 8, 24  # pictures of gradcam.py on the page; doubtful labels before the rest folds away
+GALLERY, UNFOLDED = 200, 24  # doubtful labels on the page; how many of them before the rest folds away
 SAME_CELL = 40 / 250  # of an image's side: displaced by less, two crops of a slide show the same cell
-MARKS = {"*": "the best", "=": "not significantly different", "": "significantly different",
-         "?": "not testable"}
 Fold = namedtuple("Fold", "labels probabilities val_labels val_probabilities temperatures")
 
 
@@ -69,7 +65,7 @@ def fit_temperature(probabilities, labels, frequencies=None):
 def reliability(confidence, right, bins=BINS):
     """DataFrame low, high, images, confidence, share_right, ece of bins (low, high]; NaN in empty ones.
 
-    ece: the mean gap between confidence and share right, weighted by images; the same in every row.
+    ece, the same in every row: the mean gap between confidence and share right, weighted by images.
     """
     edges = np.arange(bins + 1) / bins
     table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
@@ -85,7 +81,7 @@ def sensitivity_at(scores, positive, specificity):
     negatives = np.sort(scores[~positive])[::-1]
     allowed = int((1 - specificity) * len(negatives) + 1e-9)
     threshold = negatives[allowed] if allowed < len(negatives) else -np.inf
-    return (scores[positive] > threshold).mean() if positive.any() else np.nan, threshold
+    return evaluate.moments(scores[positive] > threshold)[0], threshold
 
 
 def tolerant_scores(confusion, accepted):
@@ -100,13 +96,12 @@ def tolerant_scores(confusion, accepted):
 
 
 def read_pairs(file, classes):
-    """bool [C,C] of a CSV label,accepted: predictions (columns) forgiven for a label (rows); SystemExit.
+    """bool [C,C] of a CSV label,accepted: predictions (columns) forgiven for a label (rows); none without one.
 
-    paper/tolerant_pairs.csv is our reading of Matek et al. (2021), Table 1, which differs for these classes:
-    consecutive stages of a line of cells, hairy cells and lymphocytes.
+    paper/tolerant_pairs.csv is our reading of Matek et al. (2021), Table 1.
     """
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        table = pd.read_csv(file, dtype=str, keep_default_na=False) if file else {"label": [], "accepted": []}
         pairs = set(zip(table["label"], table["accepted"]))
     except (OSError, KeyError, ValueError):
         raise SystemExit(f"{file}: no CSV with columns label,accepted; name another with --pairs") from None
@@ -128,17 +123,20 @@ def confident_joint(labels, probabilities):
     return counted, above.any(1) & (counted != labels) & (probabilities.max(1) > own + 1e-6)
 
 
-def doubtful(labels, probabilities, enough):
-    """Suggested class [N], score [N], flag [N] of a fold's labels; enough [C]: classes that may be flagged.
+def log_odds(p, labels, others):
+    """float64 [N]: log10 of how many times as probable an image's other class is as its label."""
+    rows = np.arange(len(p))
+    return np.log10(np.maximum(p[rows, others], TINY) / np.maximum(p[rows, labels], TINY))
 
-    Score: log10 of how many times as probable the suggestion is as the label. Confident learning says how
-    many labels are wrong, the score which: in simulations its choice had the higher precision and recall.
+
+def doubtful(labels, probabilities, enough):
+    """Suggested class [N], log_odds [N], flag [N] of a fold's labels; enough [C]: classes that may be flagged.
+
+    Confident learning says how many labels are wrong, log_odds which: in simulations more often right than
+    the images that it counts.
     """
-    rows, others = np.arange(len(labels)), probabilities.copy()
-    others[rows, labels] = -1
-    suggested = others.argmax(1)
-    odds = np.maximum(others[rows, suggested], TINY) / np.maximum(probabilities[rows, labels], TINY)
-    score = np.log10(odds)
+    suggested = np.where(np.eye(len(enough))[labels], -1, probabilities).argmax(1)
+    score = log_odds(probabilities, labels, suggested)
     counted, wrong = confident_joint(labels, probabilities)
     number = (wrong & enough[labels] & enough[counted]).sum()
     candidates = np.flatnonzero((score > 0) & enough[labels] & enough[suggested])
@@ -147,37 +145,40 @@ def doubtful(labels, probabilities, enough):
     return suggested, score, flagged
 
 
-def doubtful_rows(study, tested, contradicted={}):
-    """Rows of label_issues.csv, the most doubtful first: images with a more probable class than the label.
+def label_issues(study, tested, contradicted={}):
+    """DataFrame of label_issues.csv, most doubtful first: images with a more probable class than the label.
 
-    By prior-corrected probabilities, averaged over the rows of Table 4 in tested {(model, init): {fold:
+    By the mean prior-corrected probabilities of the rows of Table 4 in tested {(model, init): {fold:
     Predictions}}, on the folds that all have. Of an image tested more than once the most doubtful row.
     contradicted {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
     """
-    classes, enough, rows = study.classes, study.images >= ENOUGH, {}
+    classes, enough, tables = np.array(study.classes, object), study.images >= ENOUGH, []
     for fold in sorted(set.intersection(*map(set, tested.values()))):
-        p, paths = [], None
+        each = []
         for run, folds in tested.items():
-            order, before = np.argsort(folds[fold].paths), paths
-            paths, labels = np.array(folds[fold].paths)[order].tolist(), folds[fold].labels[order]
-            if before not in (None, paths):
-                raise SystemExit(f"fold {fold}: --doubt names rows that tested different images")
-            p.append(posterior(folds[fold].probabilities, frequencies(study, run, fold))[order])
-        p = np.mean(p, axis=0)
-        suggested, score, flagged = doubtful(labels, p, enough)
-        for i, path in enumerate(paths):
-            a, b, kind = labels[i], suggested[i], "prediction"
-            flag = "yes" if flagged[i] else "no" if enough[a] and enough[b] else "rare class"
-            if path in contradicted:
-                other, kind = contradicted[path]
-                b, flag = classes.index(other), "yes"
-            elif score[i] <= 0:
-                continue
-            row = {"path": path, "label": classes[a], "suggested": classes[b], "flagged": flag, "kind": kind,
-                   "score": np.log10(max(p[i, b], TINY) / max(p[i, a], TINY)), "fold": fold,
-                   "p_label": p[i, a], "p_suggested": p[i, b]}
-            rows[path] = max(rows.get(path, row), row, key=lambda row: row["score"])
-    return sorted(rows.values(), key=lambda row: (row["kind"] == "prediction", -row["score"]))
+            p = posterior(folds[fold].probabilities, frequencies(study, run, fold))
+            index = pd.MultiIndex.from_arrays([np.array(folds[fold].paths, object), folds[fold].labels])
+            each.append(pd.DataFrame(p, index).sort_index())
+        mean = sum(each) / len(each)  # of the same image; NaN where a row lacks it
+        if mean.isna().any(axis=None):
+            raise SystemExit(f"fold {fold}: --doubt names rows that tested different images")
+        p, paths, labels = mean.to_numpy(), *(mean.index.get_level_values(i).to_numpy() for i in (0, 1))
+        suggested, _, flagged = doubtful(labels, p, enough)
+        flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
+        kind = np.full(len(paths), "prediction", object)
+        for i in np.flatnonzero([path in contradicted for path in paths]):
+            other, kind[i] = contradicted[paths[i]]
+            suggested[i], flagged[i] = study.classes.index(other), "yes"
+        rows, score = np.arange(len(p)), log_odds(p, labels, suggested)
+        table = pd.DataFrame({
+            "path": paths, "label": classes[labels], "suggested": classes[suggested], "score": score,
+            "flagged": flagged, "fold": fold, "p_label": p[rows, labels], "p_suggested": p[rows, suggested],
+            "kind": kind})
+        tables.append(table[(score > 0) | (kind != "prediction")])
+    if not tables:
+        raise SystemExit("--doubt names rows that have no finished fold in common")
+    table = pd.concat(tables)
+    return table.iloc[np.lexsort((-table.score, table.kind == "prediction"))].drop_duplicates("path")
 
 
 # ---------------------------------------------------------------- one row of Table 4
@@ -189,21 +190,19 @@ def frequencies(study, run, fold):
 
 def read_folds(study, run, files, tested):
     """([Fold] of one row of Table 4, why validation is missing or None)."""
-    folds, missing, validated = [], None, {}
+    folds, missing = [], None
     try:
-        for fold in tested:
-            validated[fold] = evaluate.read_predictions(files[fold].with_name("val_predictions.csv"))
+        validated = {k: evaluate.read_predictions(files[k].with_name("val_predictions.csv")) for k in tested}
     except ValueError as error:
         missing, validated = str(error), {}
-    for fold, test in tested.items():
-        val, p, val_p, temperatures = validated.get(fold), {}, {}, {}
-        for name, prior in zip(PLAIN, (None, frequencies(study, run, fold))):
+    for k, test in tested.items():
+        val, p, val_p, temperatures = validated.get(k), {}, {}, {}
+        for name, prior in zip(PLAIN, (None, frequencies(study, run, k))):
             p[name] = posterior(test.probabilities, prior)
             if val:
-                temperature = fit_temperature(val.probabilities, val.labels, prior)
-                temperatures[f"{name}, temperature"] = temperature
-                p[f"{name}, temperature"] = posterior(test.probabilities, prior, temperature)
                 val_p[name] = posterior(val.probabilities, prior)
+                temperatures[name] = fit_temperature(val.probabilities, val.labels, prior)
+                p[f"{name}, temperature"] = posterior(test.probabilities, prior, temperatures[name])
         folds.append(Fold(test.labels, p, val and val.labels, val_p, temperatures))
     return folds, missing
 
@@ -261,19 +260,18 @@ def clinic_rows(folds, classes):
     """
     rows = []
     for name, variant in itertools.product([name for name in CLINIC if name in classes], PLAIN):
-        c, found = classes.index(name), []
+        c, found, images = classes.index(name), [], 0
         for fold in folds:
             scores, positive = fold.probabilities[variant][:, c], fold.labels == c
-            one = {"pr_auc": average_precision_score(positive, scores) if positive.any() else np.nan}
+            found.append({"pr_auc": average_precision_score(positive, scores) if positive.any() else np.nan})
+            images += positive.sum()
             for wanted in SPECIFICITIES:
-                one[f"sensitivity_{wanted}"] = sensitivity_at(scores, positive, wanted)[0]
+                found[-1][f"sensitivity_{wanted}"] = sensitivity_at(scores, positive, wanted)[0]
                 if fold.val_labels is not None:
                     sure = fold.val_probabilities[variant][:, c]
                     above = scores > sensitivity_at(sure, fold.val_labels == c, wanted)[1]
-                    one[f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
-                    one[f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
-            found.append(one)
-        images = sum((fold.labels == c).sum() for fold in folds)
+                    found[-1][f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
+                    found[-1][f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
         rows.append({"class": name, "variant": variant, "images": images})
         for key, values in pd.DataFrame(found).items():
             rows[-1] |= {f"{key}_mean": values.mean(), f"{key}_std": values.std()}
@@ -286,10 +284,10 @@ def inline(picture, kind="png"):
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def plot(table, by, x, y, *, square=False, marks={}, **settings):
-    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`, or one without it.
+def plot(table, by, x, y, marks={}, **settings):
+    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`.
 
-    square: both axes from 0 to 1, with the diagonal; marks {label: x}; settings: of matplotlib's axes.
+    marks {label: x}: vertical lines; settings: of matplotlib's axes.
     """
     figure, png = Figure(figsize=(4.6, 3.4)), io.BytesIO()
     axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))  # a layout engine would double the time
@@ -298,9 +296,8 @@ def plot(table, by, x, y, *, square=False, marks={}, **settings):
         axes.plot(group[x], group[y], next(styles), label=label, markersize=3.5)
     for label, where in marks.items():
         axes.axvline(where, color="k", linestyle="-" if label.startswith("chosen") else ":", label=label)
-    if square:
+    if x == "confidence":
         axes.axline((0, 0), slope=1, color="k", linestyle=":")
-        axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set(**{"xlabel": x.replace("_", " "), "ylabel": y.replace("_", " ")} | settings)
     axes.xaxis.get_major_locator().set_params(**{"integer": True} if x == "epoch" else {})
     axes.legend(fontsize=8)
@@ -308,32 +305,25 @@ def plot(table, by, x, y, *, square=False, marks={}, **settings):
     return inline(png.getvalue())
 
 
-def small_jpeg(file, side):
-    """The src of an <img>: an image file, at most side pixels high and wide; None if it can't be read."""
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # Pillow's convert would cut off all above 255
-                image = image.point(lambda value: value / 256).convert("L")
-            image, jpeg = image.convert("RGB"), io.BytesIO()
+def small_jpeg(side, file, folders=[""]):
+    """The src of an <img>: the file in the first of the folders where it can be read, at most side pixels high."""
+    for folder in folders:
+        try:
+            with Image.open(pathlib.Path(folder, file)) as image:
+                if image.mode.startswith("I;16"):  # Pillow's convert would cut off all above 255
+                    image = image.point(lambda value: value / 256).convert("L")
+                image, jpeg = image.convert("RGB"), io.BytesIO()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
         image.thumbnail((side, side))
         image.save(jpeg, "jpeg", quality=85)
         return inline(jpeg.getvalue(), "jpeg")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
-def read_json(file):
-    """A run's config.json or measured.json; {} if there is none."""
+def read(file):
+    """A JSON file's content or a CSV as a DataFrame; None if there is none that can be read."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def read_table(file):
-    """A CSV of numbers as a DataFrame; None if there is none that can be read."""
-    try:
-        return pd.read_csv(file)
+        return json.loads(file.read_bytes()) if file.suffix == ".json" else pd.read_csv(file)
     except (OSError, ValueError):
         return None
 
@@ -342,10 +332,9 @@ def progress(runs):
     """Rows network, stage, state of all trainings that have been begun."""
     states = {}
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
-        log, config = read_table(folder / "log.csv"), read_json(folder / "config.json")
+        log, config = read(folder / "log.csv"), read(folder / "config.json") or {}
         state = f"at epoch {0 if log is None else len(log)} of {config.get('epochs', '?')}"
-        if (folder / "predictions.csv").exists():
-            state = "finished"
+        state = "finished" if (folder / "predictions.csv").exists() else state
         if log is not None or config or state == "finished":
             states.setdefault(folder.relative_to(runs).parts[:3], Counter())[state] += 1
     return [{"network, pre-training": title(*run), "stage": stage,
@@ -357,30 +346,23 @@ def failures(runs):
     """[(log, its last line)] of the jobs of run_all.sh that failed and have not succeeded since."""
     found = []
     for log in sorted(file.with_suffix(".log") for file in runs.glob("logs/*.failed")):
-        text = log.read_text(errors="replace").rstrip() if log.exists() else ""
-        found.append((log, text.split("\n")[-1][:300] or "it left no log"))
+        text = log.read_text(errors="replace").rstrip() if log.exists() else "it left no log"
+        found.append((log, text.split("\n")[-1][:300]))
     return found
 
 
 # ---------------------------------------------------------------- what the page shows
-def add_intervals(study, table4, theirs):
-    """Add f1_low, f1_high to Table 4, the 95% interval of macro F1 over the folds; returns the axis' ends.
-
-    It counts in that the folds share training images (Nadeau and Bengio 2003). NaN for a single fold.
-    """
-    ends = []
+def add_intervals(study, table4):
+    """Add f1_low, f1_high to Table 4: the 95% interval of macro F1 of the corrected t-test; NaN for one fold."""
     for row in table4:
-        run = row["model"], row["init"]
-        folds = study.runs[run].values()
-        ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds])
-        error = row["f1_fold_std"] * np.sqrt(1 / len(folds) + (PAPER_RATIO if np.isnan(ratio) else ratio))
-        half = special.stdtrit(len(folds) - 1, 0.975) * error
-        row |= {"f1_low": max(row["f1_mean"] - half, 0.0), "f1_high": min(row["f1_mean"] + half, 1.0)}
-        ends += [row["f1_mean"], row["f1_low"], row["f1_high"], theirs.get(run, row)["f1_mean"]]
-    return np.floor(10 * np.nanmin(ends)) / 10, np.ceil(10 * np.nanmax(ends)) / 10
+        folds = study.runs[row["model"], row["init"]]
+        ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds.values()])
+        ratio = evaluate.PAPER_RATIO if np.isnan(ratio) else ratio
+        ends = evaluate.corrected_t_test(evaluate.macro_f1(folds), ratio)[1:3]
+        row["f1_low"], row["f1_high"] = np.clip(ends, 0, 1)
 
 
-def readable(rows, columns=None, theirs={}):
+def readable(rows, theirs={}):
     """Rows of text: a mean and its std in one cell, the paper's (theirs) below, names in full."""
     names = evaluate.MODELS | evaluate.INITS | {"": "most probable class"}
     names |= {key: f"{name} ({key})" for key, name in evaluate.CLASSES.items()}
@@ -388,8 +370,8 @@ def readable(rows, columns=None, theirs={}):
     for row in rows:
         table.append({})
         paper = theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
-        for key in columns or row:
-            value, std = row[key], key.removesuffix("mean") + "std"
+        for key, value in row.items():
+            std = key.removesuffix("mean") + "std"
             text = number(value, row.get(std, np.nan)) if isinstance(value, float) else str(value)
             if std in paper:
                 text += f"\npaper {number(paper[key], paper[std])}"
@@ -398,102 +380,85 @@ def readable(rows, columns=None, theirs={}):
     return table
 
 
-def of_scores(study, run, paper, pairs):
+def of_scores(study, run, table4, pairs):
     """Tables 4 and 5 with the paper's numbers, tolerant scores and the confusion matrix."""
-    folds, table4, table5 = study.runs[run], evaluate.table4_rows(study), evaluate.table5_rows(study, *run)
-    comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds)
-    theirs = evaluate.read_table4(paper / "table4.csv") if paper else {}
-    accepted = read_pairs(pairs, study.classes) if pairs else np.eye(len(table5), dtype=bool)
+    classes, folds, paper4, paper5 = study.classes, study.runs[run], {}, {}
+    if set(classes) == set(evaluate.CLASSES) and (HERE / "paper/table4.csv").exists():
+        paper4 = evaluate.read_table4(HERE / "paper/table4.csv")
+        paper5 = pd.read_csv(HERE / "paper/table5.csv", index_col="class").to_dict("index")
+    add_intervals(study, table4)
+    f1 = pd.DataFrame([*table4, *(paper4[name] for name in study.runs if name in paper4)])
+    f1 = 10 * f1[["f1_mean", "f1_low", "f1_high"]].stack()
+    accepted, table5 = read_pairs(pairs, classes), pd.DataFrame(evaluate.table5_rows(study, *run))
     mean, std = evaluate.moments([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
-    for c, row in enumerate(table5):
-        for i, name in enumerate(("tolerant_precision", "tolerant_recall")):
-            row |= {f"{name}_mean": mean[i, c], f"{name}_std": std[i, c]}
-    off, confused = np.nan_to_num(matrix * (1 - np.eye(len(matrix)))), []
-    for i, j in zip(*np.unravel_index(np.argsort(-off, axis=None, kind="stable")[:8], off.shape)):
-        if off[i, j]:
-            confused.append(f"{off[i, j]:.0%} of {study.classes[i]} as {study.classes[j]}")
-    return {"table4": table4, "table5": table5, "signs": evaluate.marks(table4, comparisons),
-            "best": evaluate.best_run(table4), "statements": evaluate.statements(study, table4, comparisons),
-            "paper4": theirs, "axis": add_intervals(study, table4, theirs),
-            "paper5": pd.read_csv(paper / "table5.csv", index_col="class").to_dict("index") if paper else {},
-            "confusion": inline(evaluate.draw_confusion(matrix, study.images, study.classes, title(*run))),
-            "confused": confused}
+    for i, name in enumerate(("tolerant_precision", "tolerant_recall")):
+        table5[f"{name}_mean"], table5[f"{name}_std"] = mean[i], std[i]
+    comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds)
+    off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
+    return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4),
+            "axis": (np.floor(f1.min()) / 10, np.ceil(f1.max()) / 10), "paper4": paper4, "paper5": paper5,
+            "statements": evaluate.statements(study, table4, comparisons), "table5": table5.to_dict("records"),
+            "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
+            "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
 
 
 def of_probabilities(study, run, files, tested, results):
     """Scores, calibration, coverage and clinic of one row of Table 4; writes each as CSV."""
     folds, missing = read_folds(study, run, files, tested)
-    classes = study.classes
     tables = {"scores": score_rows(folds, study.images), "reliability": calibration_rows(folds, study),
-              "coverage": [] if missing else coverage_rows(folds, len(classes)),
-              "clinic": clinic_rows(folds, classes)}
+              "coverage": [] if missing else coverage_rows(folds, len(study.classes)),
+              "clinic": clinic_rows(folds, study.classes)}
     for kind, rows in tables.items():
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
     ece = pd.DataFrame(tables["reliability"][::BINS])  # it stands in every row of its bins
     ece = ece.pivot_table(index="class", columns="variant", values="ece", sort=False).reset_index()
-    return tables | {"folds": folds, "missing": missing, "ece": ece.to_dict("records"),
-                     "tested": sum(len(fold.labels) for fold in folds)}
+    return tables | {"folds": folds, "missing": missing, "ece": ece.to_dict("records")}
 
 
 def of_training(folder, folds, results):
     """Learning curves, range test and heatmaps of the row of Table 4 in this folder."""
-    logs = {fold: read_table(folder / f"fold{fold}/log.csv") for fold in folds}
-    curves = [log.assign(fold=f"fold {fold}") for fold, log in logs.items() if log is not None]
-    measured = read_json(folder / "measured.json")
+    logs = {f"fold {fold}": read(folder / f"fold{fold}/log.csv") for fold in folds}
+    logs = {fold: log for fold, log in logs.items() if log is not None}
+    measured = read(folder / "measured.json") or {}
     rates = {f"tried {rate:.2g}: {score:.3g}": rate for rate, score in measured.get("candidates") or ()}
     rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
-    return {"curves": pd.concat(curves) if curves else None, "rates": rates,
-            "tried": read_table(folder / "lr_range.csv"),
+    return {"curves": pd.concat(logs, names=["fold"]) if logs else None, "rates": rates,
+            "tried": read(folder / "lr_range.csv"),
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 
 def of_overlaps(runs, fingerprint):
     """Overlaps and exact duplicates of images: counts, and the images of one cell that have two labels.
 
-    twins: (image, fold) tested with a duplicate in training; contradicted: as doubtful_rows takes it.
+    twins: (image, fold) tested with a duplicate in training; contradicted: as label_issues takes it.
     """
     paths, labels, parts = evaluate.read_split(runs / "split.csv")
-    split = dict(zip(paths, zip(labels, [] if parts is None else parts)))
-    scans = [read_json(file) for file in runs.glob("data/*.json")]
+    where = {path: i for i, path in enumerate(paths)}
+    scans = [read(file) or {} for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
     pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.permutations(group, 2)]
     file, note, contradicted, twins = runs / "overlaps.csv", None, {}, set()
-    if file.exists() and split:
+    if file.exists() and paths:
         note = evaluate.read_overlaps(file, paths, parts)[1]
         table = pd.read_csv(file, dtype={"first": str, "second": str}, **evaluate.CSV)
         same = np.hypot(table.dx, table.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
         for first, second in table.loc[same, ["first", "second"]].to_numpy():
             pairs += [(first, second, "same cell"), (second, first, "same cell")]
     for one, other, kind in pairs:
-        if one in split and other in split:
-            (label, part), (other_label, other_part) = split[one], split[other]
-            if label != other_label:
-                contradicted[one] = other_label, f"{kind} as {other}"
+        if one in where and other in where:
+            i, j = where[one], where[other]
+            if labels[i] != labels[j]:
+                contradicted[one] = labels[j], f"{kind} as {other}"
             if kind == "exact duplicate":
-                twins.update((one, k) for k in np.flatnonzero((part == "test") & (other_part == "train")))
-    return {"overlaps": note, "duplicates": duplicates, "contradicted": contradicted, "twins": twins,
-            "sheet": runs / "results/overlaps.png"}
-
-
-def of_labels(study, tested, contradicted, config, results, data, number):
-    """Doubtful labels by the mean of the rows of Table 4 in tested; writes label_issues.csv."""
-    rows = doubtful_rows(study, tested, contradicted)
-    columns = ["path", "label", "suggested", "score", "flagged", "fold", "p_label", "p_suggested", "kind"]
-    table = [[row[name] for name in columns] for row in rows]
-    evaluate.write_csv(results / "label_issues.csv", [columns, *table])
-    # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
-    roots = [pathlib.Path(config.get("root") or data), data, *data.glob("*/"), *data.glob("*/*/")]
-    for row in rows[:number]:
-        row["source"] = next(filter(None, (small_jpeg(root / row["path"], 150) for root in roots)), None)
-    return {"doubts": rows, "left_out": config.get("left_out") or [],
-            "flagged": sum(row["flagged"] == "yes" for row in rows)}
+                twins.update((one, k) for k in np.flatnonzero((parts[i] == "test") & (parts[j] == "train")))
+    return {"overlaps": note, "duplicates": duplicates, "contradicted": contradicted, "twins": twins}
 
 
 def title(model, init):
     """A row of Table 4 as the paper prints it."""
-    return f"{evaluate.MODELS.get(model, model)}, {evaluate.INITS.get(init, init)}"
+    return ", ".join(evaluate.paper_names(model, init))
 
 
 def number(mean, std=np.nan):
@@ -505,54 +470,57 @@ def render(values):
     """report.html filled in, as bytes; a name with bytes that are no text shows a question mark there."""
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                               undefined=jinja2.StrictUndefined)
-    page.globals |= globals()
-    template = page.from_string((HERE / "report.html").read_text(encoding="utf-8"))
+    template = page.from_string((HERE / "report.html").read_text(encoding="utf-8"), globals())
     return template.render(values).encode("utf-8", "replace")
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")
     parser.add_argument("--init", help="its pre-training")
-    parser.add_argument("--doubt", nargs="+", metavar="MODEL/INIT",
+    parser.add_argument("--doubt", nargs="+", default=[], metavar="MODEL/INIT",
                         help="rows of Table 4 whose mean finds doubtful labels; default: the one shown")
     parser.add_argument("--data", type=pathlib.Path, default="data/bm", help="for pictures of labels")
     parser.add_argument("--pairs", type=pathlib.Path, help="CSV label,accepted of predictions to forgive",
                         default=next(HERE.glob("paper/tolerant_pairs.csv"), None))
-    parser.add_argument("--gallery", type=int, default=200, help="doubtful labels to show")
     args = parser.parse_args()
     if not args.runs.is_dir():
         raise SystemExit(f"{args.runs}: no such folder; name the one that train.py wrote with --runs")
     try:
         study, files = evaluate.read_study(args.runs), evaluate.find_runs(args.runs)
-    except ValueError as error:  # of split.csv
-        raise SystemExit(f"{error}; put the split back that the runs were made with") from None
+    except ValueError as error:
+        raise SystemExit(f"{error}; put the file back that the runs were made with") from None
     results, said = args.runs / "results", "no fold is finished yet"
-    values = {"date": datetime.datetime.now(), "shown": None, "left_out": [], "study": study,
-              "failed": failures(args.runs), "progress": progress(args.runs)} | vars(args)
+    values = {"runs": args.runs, "study": study, "shown": None, "config": {}}
     if study.runs:
-        rows = [row for row in evaluate.table4_rows(study)
+        table4 = evaluate.table4_rows(study)
+        rows = [row for row in table4
                 if args.model in (None, row["model"]) and args.init in (None, row["init"])]
         run = evaluate.best_run(rows) if rows else (args.model or "any network", args.init or "any init")
-        doubt = [tuple(name.split("/", 1)) for name in args.doubt or ()] or [run]
+        doubt = [tuple(name.split("/", 1)) for name in args.doubt] or [run]
         for name in [run, *doubt]:
             if name not in study.runs:
                 names = ", ".join(map("/".join, study.runs))
                 raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
         tested = {name: {fold: evaluate.read_predictions(files[name][fold]) for fold in study.runs[name]}
                   for name in {run, *doubt}}
-        known = set(study.classes) == set(evaluate.CLASSES) and (HERE / "paper/table4.csv").exists()
-        doubted, folder = {name: tested[name] for name in doubt}, args.runs / "train" / run[0] / run[1]
-        config = read_json(files[run][min(tested[run])].with_name("config.json"))
-        values |= of_scores(study, run, HERE / "paper" if known else None, args.pairs)
+        config = read(files[run][min(tested[run])].with_name("config.json")) or {}
+        values |= {"shown": run, "doubt": doubt, "config": config, "pairs": args.pairs, "table4": table4}
+        values |= of_scores(study, run, table4, args.pairs)
         values |= of_probabilities(study, run, files[run], tested[run], results)
-        values |= of_training(folder, tested[run], results)
+        values |= of_training(args.runs / "train" / run[0] / run[1], tested[run], results)
         values |= of_overlaps(args.runs, config.get("data"))
-        values |= of_labels(study, doubted, values["contradicted"], config, results, args.data, args.gallery)
-        values |= {"shown": run, "doubt": doubt}
-        said = f"{title(*run)}; {values['flagged']} labels to look at again"
+        issues = label_issues(study, {name: tested[name] for name in doubt}, values["contradicted"])
+        evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
+        flagged = (issues.flagged == "yes").sum()
+        values |= {"issues": issues, "flagged": flagged, "doubts": issues.head(GALLERY).to_dict("records")}
+        # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
+        values["roots"] = [pathlib.Path(config.get("root") or args.data), args.data, *args.data.glob("*/"),
+                           *args.data.glob("*/*/")]
+        said = f"{title(*run)}; {flagged} labels to look at again"
     evaluate.write_file(results / "index.html", render(values))
     print(f"{results / 'index.html'}: {said}")
     if study.problems and not study.runs:

@@ -188,7 +188,6 @@ ARGUMENTS = [
     case("regular expression", SPLITS + " --groups '(['", 2, "--groups ([|regular expression"),
     case("datasets without a folder", "datasets.py --data", 2, "--data|expected at least one argument"),
     case("evaluate, unknown option", EVALUATE + " --model resnet18", 2, "unrecognized arguments: --model"),
-    case("gallery below 0", REPORT + " --gallery -1", 2, "--gallery|0 or more", copied("runs")),
     case("gradcam, model without init", "gradcam.py --model resnet18", 2, "--model and --init go together"),
     case("gradcam, unknown device", FIGURES + " --device cpu:x", 2, "--device cpu:x|use cpu"),
     case("gradcam, no cell", FIGURES + " --count 0", 2, "--count 0|at least 1"),

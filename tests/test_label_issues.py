@@ -165,7 +165,7 @@ def read_tested(runs):
 def test_rows_from_a_study_on_disk(simulation, tmp_path):
     """label_issues.csv holds exactly the images with another class on top, most doubtful first, flags as in memory."""
     write_study(tmp_path, simulation)
-    rows = report.doubtful_rows(evaluate.read_study(tmp_path), read_tested(tmp_path))
+    rows = report.label_issues(evaluate.read_study(tmp_path), read_tested(tmp_path)).to_dict("records")
     _, score, flagged = search(simulation)
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert {row["path"] for row in rows if row["flagged"] == "yes"} == {f"{i:05d}.jpg" for i in np.flatnonzero(flagged)}
@@ -185,8 +185,8 @@ def test_two_networks_find_more_than_one(simulation, tmp_path):
 
     def average_precision(chosen):
         score = np.full(len(simulation["labels"]), -1.0)
-        for row in report.doubtful_rows(study, {run: tested[run] for run in chosen}):
-            score[int(row["path"][:5])] = row["score"]
+        issues = report.label_issues(study, {run: tested[run] for run in chosen})
+        score[[int(path[:5]) for path in issues.path]] = issues.score
         return average_precision_score(simulation["wrong"], score)
     assert average_precision(runs) > max(average_precision([run]) for run in runs) + 0.01
 
@@ -199,7 +199,7 @@ def test_contradicting_labels_come_first(simulation, tmp_path):
     names = [f"{i:05d}.jpg" for i in (one, other)]
     contradicted = {names[0]: (classes[2], "same cell as b"), names[1]: (classes[0], "same cell as a")}
     study, tested = evaluate.read_study(tmp_path), read_tested(tmp_path)
-    plain, rows = report.doubtful_rows(study, tested), report.doubtful_rows(study, tested, contradicted)
+    plain, rows = (report.label_issues(study, tested, known).to_dict("records") for known in ({}, contradicted))
     assert {row["path"] for row in rows[:2]} == set(names) and rows[2:] == plain
     first = next(row for row in rows if row["path"] == names[0])
     assert (first["label"], first["suggested"], first["flagged"], first["kind"]) == (classes[0], classes[2], "yes", "same cell as b")

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 import warnings
 
 import numpy as np
@@ -267,7 +266,9 @@ def page(tmp_path_factory):
     for init in inits:
         Image.new("RGB", (900, 500), "teal").save(runs / f"results/gradcam_vit_l_32_{init}_FGC.png")
         write_range_test(runs / "train/vit_l_32" / init)
-    return make_page(runs, "--data", folder / "bm", "--gallery", 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "GALLERY", 60)
+        return make_page(runs, "--data", folder / "bm")
 
 
 # ---------------------------------------------------------------- the page
@@ -372,12 +373,10 @@ def test_the_forest_plot_comes_first(browser, page):
 
 def test_the_interval_is_that_of_the_corrected_t_test():
     """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 * sqrt(1/3 + 20/64) by hand."""
-    fold = types.SimpleNamespace(confusion=np.diag([10, 10]), train_images=64.0)
-    row = {"model": "m", "init": "i", "f1_mean": 0.6, "f1_fold_std": 0.1}
-    study = evaluate.Study(["a", "b"], np.array([30, 30]), {("m", "i"): dict.fromkeys(range(3), fold)}, [], [])
-    axis = report.add_intervals(study, [row], {("m", "i"): {"f1_mean": 0.95}})
+    folds = {k: evaluate.Fold(np.diag([10, 10]), np.full((3, 2), f1), 64.0) for k, f1 in enumerate((0.5, 0.6, 0.7))}
+    row = {"model": "m", "init": "i"}
+    report.add_intervals(evaluate.Study(["a", "b"], np.array([30, 30]), {("m", "i"): folds}, [], []), [row])
     assert row["f1_high"] - 0.6 == pytest.approx(0.6 - row["f1_low"]) == pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
-    assert axis == (0.2, 1.0)
 
 
 def test_overlaps_are_counted_by_hand(tmp_path):
@@ -444,7 +443,7 @@ def test_the_gallery_is_the_head_of_label_issues(browser, page):
     assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in rows[:60]]
     assert any("\udcff" in row["path"] for row in rows)
     assert [row["kind"].split(" as ")[0] for row in rows[:3]] == ["exact duplicate", "exact duplicate", "prediction"]
-    assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.CELLS
+    assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.UNFOLDED
 
 
 # ---------------------------------------------------------------- partial studies
@@ -483,7 +482,7 @@ def test_mistakes_get_one_line(page, arguments, message):
 @pytest.mark.long
 def test_as_a_script(page, run, tmp_path):
     """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is nothing."""
-    done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path, "--gallery", 5)
+    done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path)
     assert done.returncode == 0 and done.stdout.startswith(str(page)) and len(done.stdout.splitlines()) == 1 and done.stderr == ""
     done = run("report.py", "--runs", tmp_path / "nowhere")
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
