@@ -488,18 +488,30 @@ def aligned(header, rows):
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
-def table_text(rows):
-    """Rows of Table 4 or 5 as Markdown: a mean and its std share a column, names are the paper's."""
+def text_rows(rows, theirs={}):
+    """Rows as dicts of text: a mean and its std in one cell, names in full.
+
+    theirs: rows with the same keys, by (model, init) or class, printed below ours.
+    """
     names = MODELS | INITS | {key: f"{name} ({key})" for key, name in CLASSES.items()}
     table = []
     for row in rows:
         table.append({})
+        paper = theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
         for key, value in row.items():
-            if key.endswith("_mean"):
-                table[-1][key[:-5]] = mean_std(value, row[f"{key[:-5]}_std"])
-            elif not key.endswith("_std") or f"{key[:-4]}_mean" not in row:
-                text = mean_std(value) if isinstance(value, float) else str(value)
-                table[-1][key] = printable(names.get(text, text))
+            std, text = f"{key.removesuffix('mean')}std", printable(names.get(str(value), str(value)))
+            if isinstance(value, float):
+                text = mean_std(value, row.get(std, np.nan))
+            if std in paper:
+                text += f"\npaper {mean_std(paper[key], paper[std])}"
+            if not key.endswith("std") or f"{key[:-3]}mean" not in row:
+                table[-1][key.removesuffix("_mean")] = text
+    return table
+
+
+def table_text(rows):
+    """Rows of Table 4 or 5 as Markdown."""
+    table = text_rows(rows)
     return aligned(list(table[0]), [cells.values() for cells in table])
 
 

@@ -63,10 +63,7 @@ def fit_temperature(probabilities, labels, frequencies=None):
 
 
 def reliability(confidence, right, bins=BINS):
-    """DataFrame low, high, images, confidence, share_right, ece of bins (low, high]; NaN in empty ones.
-
-    ece, the same in every row: the mean gap between confidence and share right, weighted by images.
-    """
+    """DataFrame low, high, images, confidence, share_right, ece (of all bins) of bins (low, high]."""
     edges = np.arange(bins + 1) / bins
     table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
     groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
@@ -96,10 +93,7 @@ def tolerant_scores(confusion, accepted):
 
 
 def read_pairs(file, classes):
-    """bool [C,C] of a CSV label,accepted: predictions (columns) forgiven for a label (rows); none without one.
-
-    paper/tolerant_pairs.csv is our reading of Matek et al. (2021), Table 1.
-    """
+    """bool [C,C] of a CSV label,accepted (or None): predictions (columns) forgiven for a label (rows)."""
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False) if file else {"label": [], "accepted": []}
         pairs = set(zip(table["label"], table["accepted"]))
@@ -123,20 +117,16 @@ def confident_joint(labels, probabilities):
     return counted, above.any(1) & (counted != labels) & (probabilities.max(1) > own + 1e-6)
 
 
-def log_odds(p, labels, others):
-    """float64 [N]: log10 of how many times as probable an image's other class is as its label."""
-    rows = np.arange(len(p))
-    return np.log10(np.maximum(p[rows, others], TINY) / np.maximum(p[rows, labels], TINY))
-
-
 def doubtful(labels, probabilities, enough):
-    """Suggested class [N], log_odds [N], flag [N] of a fold's labels; enough [C]: classes that may be flagged.
+    """Suggested class [N], score [N], flag [N] of a fold's labels; enough [C]: classes that may be flagged.
 
-    Confident learning says how many labels are wrong, log_odds which: in simulations more often right than
-    the images that it counts.
+    Score: log10 of how many times as probable the suggestion is as the label. Confident learning says how
+    many labels are wrong, the score which: in simulations its choice had the higher precision and recall.
     """
-    suggested = np.where(np.eye(len(enough))[labels], -1, probabilities).argmax(1)
-    score = log_odds(probabilities, labels, suggested)
+    rows, others = np.arange(len(labels)), np.where(np.eye(len(enough))[labels], -1, probabilities)
+    suggested = others.argmax(1)
+    own, other = (np.maximum(probabilities[rows, columns], TINY) for columns in (labels, suggested))
+    score = np.log10(other / own)
     counted, wrong = confident_joint(labels, probabilities)
     number = (wrong & enough[labels] & enough[counted]).sum()
     candidates = np.flatnonzero((score > 0) & enough[labels] & enough[suggested])
@@ -167,13 +157,13 @@ def label_issues(study, tested, contradicted={}):
         flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
         kind = np.full(len(paths), "prediction", object)
         for i in np.flatnonzero([path in contradicted for path in paths]):
-            other, kind[i] = contradicted[paths[i]]
-            suggested[i], flagged[i] = study.classes.index(other), "yes"
-        rows, score = np.arange(len(p)), log_odds(p, labels, suggested)
+            label, kind[i] = contradicted[paths[i]]
+            suggested[i], flagged[i] = study.classes.index(label), "yes"
+        own, other = (p[np.arange(len(p)), columns] for columns in (labels, suggested))
+        score = np.log10(np.maximum(other, TINY) / np.maximum(own, TINY))
         table = pd.DataFrame({
             "path": paths, "label": classes[labels], "suggested": classes[suggested], "score": score,
-            "flagged": flagged, "fold": fold, "p_label": p[rows, labels], "p_suggested": p[rows, suggested],
-            "kind": kind})
+            "flagged": flagged, "fold": fold, "p_label": own, "p_suggested": other, "kind": kind})
         tables.append(table[(score > 0) | (kind != "prediction")])
     if not tables:
         raise SystemExit("--doubt names rows that have no finished fold in common")
@@ -285,10 +275,7 @@ def inline(picture, kind="png"):
 
 
 def plot(table, by, x, y, marks={}, **settings):
-    """The src of an <img>: y against x of a DataFrame, a line for each value of `by`.
-
-    marks {label: x}: vertical lines; settings: of matplotlib's axes.
-    """
+    """The src of an <img>: y against x, a line for each value of `by`, vertical ones at marks {label: x}."""
     figure, png = Figure(figsize=(4.6, 3.4)), io.BytesIO()
     axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))  # a layout engine would double the time
     styles = itertools.cycle(("o-", "s--", "^-.", "v:"))
@@ -306,7 +293,7 @@ def plot(table, by, x, y, marks={}, **settings):
 
 
 def small_jpeg(side, file, folders=[""]):
-    """The src of an <img>: the file in the first of the folders where it can be read, at most side pixels high."""
+    """The src of an <img>, at most side pixels high: the file from the first folder where it can be read."""
     for folder in folders:
         try:
             with Image.open(pathlib.Path(folder, file)) as image:
@@ -329,17 +316,16 @@ def read(file):
 
 
 def progress(runs):
-    """Rows network, stage, state of all trainings that have been begun."""
-    states = {}
+    """Rows network, stage, state, number of all trainings that have been begun."""
+    states = Counter()
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
         log, config = read(folder / "log.csv"), read(folder / "config.json") or {}
         state = f"at epoch {0 if log is None else len(log)} of {config.get('epochs', '?')}"
         state = "finished" if (folder / "predictions.csv").exists() else state
         if log is not None or config or state == "finished":
-            states.setdefault(folder.relative_to(runs).parts[:3], Counter())[state] += 1
-    return [{"network, pre-training": title(*run), "stage": stage,
-             "state": ", ".join(f"{number} {state}" for state, number in found.items())}
-            for (stage, *run), found in states.items()]
+            stage, *run = folder.relative_to(runs).parts[:3]
+            states[title(*run), stage, state] += 1
+    return [dict(zip(("network", "stage", "state", "trainings"), (*key, n))) for key, n in states.items()]
 
 
 def failures(runs):
@@ -353,31 +339,13 @@ def failures(runs):
 
 # ---------------------------------------------------------------- what the page shows
 def add_intervals(study, table4):
-    """Add f1_low, f1_high to Table 4: the 95% interval of macro F1 of the corrected t-test; NaN for one fold."""
+    """Add f1_low, f1_high to Table 4: macro F1's 95% interval by the corrected t-test; NaN for one fold."""
     for row in table4:
         folds = study.runs[row["model"], row["init"]]
         ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds.values()])
         ratio = evaluate.PAPER_RATIO if np.isnan(ratio) else ratio
         ends = evaluate.corrected_t_test(evaluate.macro_f1(folds), ratio)[1:3]
         row["f1_low"], row["f1_high"] = np.clip(ends, 0, 1)
-
-
-def readable(rows, theirs={}):
-    """Rows of text: a mean and its std in one cell, the paper's (theirs) below, names in full."""
-    names = evaluate.MODELS | evaluate.INITS | {"": "most probable class"}
-    names |= {key: f"{name} ({key})" for key, name in evaluate.CLASSES.items()}
-    table = []
-    for row in rows:
-        table.append({})
-        paper = theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
-        for key, value in row.items():
-            std = key.removesuffix("mean") + "std"
-            text = number(value, row.get(std, np.nan)) if isinstance(value, float) else str(value)
-            if std in paper:
-                text += f"\npaper {number(paper[key], paper[std])}"
-            if not key.endswith("std") or f"{key[:-3]}mean" not in row:
-                table[-1][key.removesuffix("_mean").replace("_", " ")] = names.get(text, text)
-    return table
 
 
 def of_scores(study, run, table4, pairs):
@@ -397,7 +365,8 @@ def of_scores(study, run, table4, pairs):
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4),
             "axis": (np.floor(f1.min()) / 10, np.ceil(f1.max()) / 10), "paper4": paper4, "paper5": paper5,
-            "statements": evaluate.statements(study, table4, comparisons), "table5": table5.to_dict("records"),
+            "statements": evaluate.statements(study, table4, comparisons),
+            "table5": table5.to_dict("records"),
             "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
 
@@ -412,6 +381,7 @@ def of_probabilities(study, run, files, tested, results):
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
     ece = pd.DataFrame(tables["reliability"][::BINS])  # it stands in every row of its bins
+    ece["class"] = ece["class"].replace("", "most probable class")
     ece = ece.pivot_table(index="class", columns="variant", values="ece", sort=False).reset_index()
     return tables | {"folds": folds, "missing": missing, "ece": ece.to_dict("records")}
 
@@ -429,10 +399,7 @@ def of_training(folder, folds, results):
 
 
 def of_overlaps(runs, fingerprint):
-    """Overlaps and exact duplicates of images: counts, and the images of one cell that have two labels.
-
-    twins: (image, fold) tested with a duplicate in training; contradicted: as label_issues takes it.
-    """
+    """Overlaps, duplicates, twins {(path, fold) tested with a duplicate in training}, contradicted labels."""
     paths, labels, parts = evaluate.read_split(runs / "split.csv")
     where = {path: i for i, path in enumerate(paths)}
     scans = [read(file) or {} for file in runs.glob("data/*.json")]
@@ -459,19 +426,6 @@ def of_overlaps(runs, fingerprint):
 def title(model, init):
     """A row of Table 4 as the paper prints it."""
     return ", ".join(evaluate.paper_names(model, init))
-
-
-def number(mean, std=np.nan):
-    """A score as the tables print it, '–' for NaN."""
-    return evaluate.mean_std(float(mean), float(std)).replace(" ", "\N{NO-BREAK SPACE}") or "–"
-
-
-def render(values):
-    """report.html filled in, as bytes; a name with bytes that are no text shows a question mark there."""
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                              undefined=jinja2.StrictUndefined)
-    template = page.from_string((HERE / "report.html").read_text(encoding="utf-8"), globals())
-    return template.render(values).encode("utf-8", "replace")
 
 
 def main():
@@ -521,7 +475,11 @@ def main():
         values["roots"] = [pathlib.Path(config.get("root") or args.data), args.data, *args.data.glob("*/"),
                            *args.data.glob("*/*/")]
         said = f"{title(*run)}; {flagged} labels to look at again"
-    evaluate.write_file(results / "index.html", render(values))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                              undefined=jinja2.StrictUndefined)
+    page = page.from_string((HERE / "report.html").read_text(encoding="utf-8"), globals())
+    # a name with bytes that are no text shows a question mark there
+    evaluate.write_file(results / "index.html", page.render(values).encode("utf-8", "replace"))
     print(f"{results / 'index.html'}: {said}")
     if study.problems and not study.runs:
         raise SystemExit(f"{study.problems[0]}; it is named on the page, and no other fold is left to show")
