@@ -40,7 +40,7 @@ TABLES, FREQUENT = 8, 1000  # words of a corner; how many others of the same wor
 FLIPS, TONE, CONTRAST = 16, 6, 0.1  # two views of a corner differ by less: bits, grey levels, log contrast
 STRICT = 8, 0.6, 0.04  # the same for a vote that is enough alone
 SAME = 0.85, 2.0  # correlation at least, mean difference at most (grey levels) where only JPEG differs
-TWICE = 0.985, 8.0, 0.1  # and of a slide that was scanned twice, where the shared area must be this large
+TWICE = 0.985, 8.0, 6000  # of a slide scanned twice: colours agree as well, on at least so many pixels
 BALLOT = np.dtype([("pair", "i8"), ("shift", "u4"), ("weight", "i4")])  # two images, packed displacement
 FAR = 1 << 15  # displacements are smaller, in pixels
 BLOCK = 1 << 20  # corners that are compared at once
@@ -66,13 +66,14 @@ def multiply(a, b):
     return cv2.gemm(a, b, 1, None, 0) if len(a) else np.zeros((0, b.shape[1]), np.float32)
 
 
-def find_corners(grey):
-    """Corners of uint8 [H,W]: bits uint8 [K,32], places uint16 [K,2] (x, y), tones float16 [K,2].
+def find_corners(image):
+    """Corners of uint8 RGB [H,W,3]: bits uint8 [K,32], places uint16 [K,2] (x, y), tones float16 [K,2].
 
     A corner is the strongest within a fixed distance, whatever else the picture shows: so it is one in every
     crop. Its tones are the mean grey and the log contrast. The coarser ones, of patches twice as large, are
     found again on slides that were scanned twice.
     """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     found = [(np.zeros((0, 32), np.uint8), np.zeros((0, 2), np.uint16), np.zeros((0, 2), np.float16))]
     for step, block, radius, blur in SCALES:
         side, half = PATCH * step, PATCH * step // 2
@@ -91,12 +92,12 @@ def find_corners(grey):
     return tuple(map(np.concatenate, zip(*found)))
 
 
-def grey_image(cells, index):
-    """Image index as uint8 grey [H,W]; one pixel if it cannot be read."""
+def read_image(cells, index):
+    """Image index as uint8 RGB [H,W,3]; one black pixel if it cannot be read."""
     try:
-        return cv2.cvtColor(cells[index], cv2.COLOR_RGB2GRAY)
+        return cells[index]
     except ValueError:
-        return np.zeros((1, 1), np.uint8)
+        return np.zeros((1, 1, 3), np.uint8)
 
 
 def in_threads(function, items, text, unit):
@@ -112,7 +113,8 @@ def in_threads(function, items, text, unit):
 
 def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
-    work = lambda index: find_corners(grey_image(cells, index))  # noqa: E731
+    def work(index):
+        return find_corners(read_image(cells, index))
     found = list(in_threads(work, range(len(cells)), "corners", "image"))
     counts = [len(bits) for bits, _, _ in found]
     if 0 in counts:
@@ -218,7 +220,8 @@ def shared(one, two, dx, dy):
 def compare(read, candidate):
     """A row of find_overlaps with indices, if the pixels agree at the displacement or 2 pixels around it."""
     first, second, dx, dy = map(int, candidate)
-    one, two = read(first), read(second)
+    pictures = read(first), read(second)
+    one, two = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures)
     a, b = shared(one, two, dx, dy)
     if min(a.shape) <= PATCH // 2:
         return None
@@ -227,7 +230,8 @@ def compare(read, candidate):
     a, b = shared(one, two, dx, dy)
     correlation = cv2.matchTemplate(a, b, cv2.TM_CCOEFF_NORMED)[0, 0]
     difference, area = cv2.norm(a, b, cv2.NORM_L1) / a.size, a.size / min(one.size, two.size)
-    twice = correlation >= TWICE[0] and difference <= TWICE[1] and area >= TWICE[2]
+    colours = cv2.norm(*shared(*pictures, dx, dy), cv2.NORM_L1) / (3 * a.size)
+    twice = correlation >= TWICE[0] and colours <= TWICE[1] and a.size >= TWICE[2]
     if twice or correlation >= SAME[0] and difference <= SAME[1]:
         return first, second, dx, dy, difference, area
     return None
@@ -253,7 +257,7 @@ def find_overlaps(cells):
     A point (x, y) of the first is (x - dx, y - dy) of the second, in whole pixels; difference: mean absolute
     difference of grey levels over the shared rectangle; area: that rectangle's share of the smaller image.
     """
-    work = functools.partial(compare, functools.lru_cache(512)(functools.partial(grey_image, cells)))
+    work = functools.partial(compare, functools.lru_cache(512)(functools.partial(read_image, cells)))
     candidates, tried, rows = find_candidates(cells), set(), []
     while len(candidates):
         rows += [row for row in in_threads(work, candidates, "looking at pixels", "pair") if row]

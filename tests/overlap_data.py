@@ -6,7 +6,7 @@
     python tests/overlap_data.py OUT --score RUNS/overlaps.csv    # recall by shared area, by its shorter side
 
 planted: pieces of a wall of other images, by strong changes of place, direction, scale and colour, so that no
-two are alike but the planted pairs. stitched: ten crops at random places of pictures made of 16 images each;
+two are alike but the planted pairs. stitched: crops at random places of pictures made of 16 images each;
 fields: of synthetic smears.
 """
 import argparse
@@ -114,19 +114,25 @@ def stitch(rng, number, cells, across=4):
         yield np.vstack([np.hstack(tiles[row * across:(row + 1) * across]) for row in range(across)])
 
 
-def make_crops(pictures, folder, crops, rng):
+def make_crops(pictures, folder, crops, rng, side=SIDE, grey_png=False):
     """A folder of so many crops at random places of each picture, in classes by turns, and planted.csv."""
     folder, number, rows = pathlib.Path(folder), 0, []
     for name in range(CLASSES):
         (folder / f"C{name:02d}").mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        places = rng.integers(0, np.array(picture.shape[1::-1]) - SIDE + 1, (crops, 2))
+        if grey_png:
+            picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
+        places = rng.integers(0, np.array(picture.shape[1::-1]) - side + 1, (crops, 2))
         for first, (x, y) in enumerate(places):
-            write_image(folder / file_name(number + first), picture[y:y + SIDE, x:x + SIDE], (85, 95), rng)
+            file = folder / file_name(number + first)
+            file = file.with_suffix(".png") if grey_png else file
+            write_image(file, picture[y:y + side, x:x + side], (85, 95), rng)
             for second in range(first):
-                if min(shared_rectangle(places[second], places[first])):
-                    shift = places[first] - places[second]
-                    rows.append([file_name(number + second), file_name(number + first), *shift])
+                if min(shared_rectangle(places[second], places[first], side)):
+                    names = file_name(number + second), file_name(number + first)
+                    if grey_png:
+                        names = [name.replace("jpg", "png") for name in names]
+                    rows.append([*names, *places[first] - places[second]])
         number += crops
     write_pairs(folder, rows)
 
@@ -176,17 +182,22 @@ def main():
     parser.add_argument("--data", help="folder of images to make it from")
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--pairs", type=int, default=1167)
+    parser.add_argument("--side", type=int, default=SIDE, help="of the crops, in pixels")
+    parser.add_argument("--crops", type=int, default=10, help="from each picture")
+    parser.add_argument("--grey-png", action="store_true", help="save crops as grey PNG")
     parser.add_argument("--score", help="overlaps.csv to compare with what is planted")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     if args.kind == "planted":
         make_planted(datasets.open_dataset(args.data), args.out, args.images, args.pairs)
-    if args.kind == "stitched":
-        make_crops(stitch(rng, args.images // 10, datasets.open_dataset(args.data)), args.out, 10, rng)
-    if args.kind == "fields":
-        make_crops(draw_fields(rng, args.images // 10), args.out, 10, rng)
+    elif args.kind:
+        number = args.images // args.crops
+        pictures = draw_fields(rng, number)
+        if args.kind == "stitched":
+            pictures = stitch(rng, number, datasets.open_dataset(args.data))
+        make_crops(pictures, args.out, args.crops, rng, args.side, args.grey_png)
     if args.score:
-        print(score(read_pairs(args.out / "planted.csv"), read_pairs(args.score)))
+        print(score(read_pairs(args.out / "planted.csv"), read_pairs(args.score), args.side))
 
 
 if __name__ == "__main__":
