@@ -464,7 +464,7 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     browser.events.clear()
     browser.open(make_page(runs), 390)
     text = browser.run("document.body.textContent")
-    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "no temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "finished1"):
+    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "No temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "finished1"):
         assert part in text, part
     assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
     assert browser.run("document.documentElement.scrollWidth") == 390
