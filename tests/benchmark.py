@@ -36,6 +36,7 @@ import datasets  # noqa: E402
 import demo_data  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
+import overlap_data  # noqa: E402
 import overlaps  # noqa: E402
 import splits  # noqa: E402
 import train  # noqa: E402
@@ -375,41 +376,13 @@ def splits_full_study(_, args):
         yield "splits.py full study seconds", *costs(*in_turn(ours, usual, args.rounds))
 
 
-def random_field(cells, rng):
-    """uint8 [500,500,3]: two cells, each scaled, rotated, moved and recoloured, laid over each other."""
-    field = np.zeros((500, 500, 3), np.float32)
-    for weight in (0.6, 0.4):
-        image = cells[int(rng.integers(len(cells)))].astype(np.float32)
-        centre = np.array(image.shape[1::-1]) / 2
-        move = cv2.getRotationMatrix2D(centre.tolist(), rng.uniform(0, 360), rng.uniform(1.2, 2.5))
-        move[:, 2] += 250 - centre + rng.uniform(-80, 80, 2)
-        picture = cv2.warpAffine(image, move, (500, 500), borderMode=cv2.BORDER_REFLECT)
-        field += weight * (picture * rng.uniform(0.5, 1.3, 3) + rng.uniform(-40, 40, 3))
-    return field.clip(0, 255).astype(np.uint8)
-
-
-def write_overlapping(folder, cells, count):
-    """Write `count` JPEG files of 250x250, no two alike but for planted pairs; returns these pairs' names."""
-    rng, planted, crops = np.random.default_rng(0), set(), []
-    for number in range(count):
-        name = f"{'ab'[number % 2]}/{number:06d}.jpg"
-        if not crops:
-            field, first = random_field(cells, rng), rng.integers(0, 251, 2)
-            crops = [first]
-            if rng.random() < PAIRS / (IMAGES - PAIRS) and number + 1 < count:
-                crops.append((first + rng.integers(-130, 131, 2)).clip(0, 250))     # 23% of the area or more
-                planted.add((f"{'ab'[(number + 1) % 2]}/{number + 1:06d}.jpg", name))
-        x, y = crops.pop()
-        (folder / name).parent.mkdir(exist_ok=True)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(85, 96))]
-        cv2.imwrite(str(folder / name), field[y:y + 250, x:x + 250, ::-1], quality)
-    return {tuple(sorted(pair)) for pair in planted}
-
-
 def overlaps_of_many(cells, args):
     """find_overlaps on pictures of which some are planted pairs; reference: decoding each picture once."""
     with tempfile.TemporaryDirectory() as folder:
-        planted = write_overlapping(pathlib.Path(folder), cells, IMAGES if args.full else args.count)
+        count = IMAGES if args.full else args.count
+        overlap_data.make_planted(cells, folder, count, PAIRS * count // IMAGES)
+        pairs = overlap_data.read_pairs(pathlib.Path(folder) / "planted.csv")
+        planted = {tuple(sorted(pair)) for pair in pairs}
         many = datasets.open_dataset(folder)
         start = time.perf_counter()
         for index in range(len(many)):

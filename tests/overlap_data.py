@@ -52,7 +52,9 @@ def draw_canvas(rng, wall, height, width):
     angle, scale, aspect, shear = rng.uniform((0, 0.75, 0.85, -0.2), (2 * np.pi, 1.5, 1.18, 0.2))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = turn @ [[1, shear], [0, 1]] @ np.diag([aspect, 1 / aspect]) / scale
-    place = rng.uniform(2 * SIDE, np.array(wall.shape[1::-1]) - 2 * SIDE) - matrix @ [width / 2, height / 2]
+    size = np.array(wall.shape[1::-1])
+    margin = np.minimum(2 * SIDE, size // 4)
+    place = rng.uniform(margin, size - margin) - matrix @ [width / 2, height / 2]
     canvas = cv2.warpAffine(wall, np.column_stack([matrix, place]), (width, height),
                             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
     levels = np.linspace(0, 1, 256)[:, None] ** rng.uniform(0.6, 1.6, 3) * rng.uniform(0.6, 1, 3)

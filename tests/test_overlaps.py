@@ -65,7 +65,7 @@ def test_command_lists_every_image_once(crops, tmp_path, monkeypatch, capsys):
         cv2.imwrite(str(data / "A" / f"{name}.png"), np.full((250, 250, 3), 200, np.uint8))
     monkeypatch.setattr(sys, "argv", ["overlaps.py", "--data", str(data), "--runs", str(tmp_path / "runs")])
     overlaps.main()
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "broken.jpg" in said and "2 images have no corner (flat, tiny" in said
     pairs, groups = read_csv(tmp_path / "runs" / "overlaps.csv"), read_csv(tmp_path / "runs" / "groups.csv")
     group = {row["path"]: row["group"] for row in groups}
