@@ -168,8 +168,9 @@ def make_optimizer(name, net, lr):
     """The paper's optimizer (sgd) or another; fused, or fp16's scaler would read back every step."""
     if name == "adamw":
         return torch.optim.AdamW(net.parameters(), lr, fused=True)
+    assert name == "sgd", name
     optimizer = torch.optim.SGD(net.parameters(), lr, MOMENTUM, fused=True)
-    for parameter in net.parameters():  # else not initialised where the scaler skips the first step
+    for parameter in net.parameters():  # fused SGD leaves them unwritten where fp16 skips the first step
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -178,6 +179,7 @@ def make_scheduler(name, optimizer, epochs):
     """The paper's schedule (plateau) or another; fit gives the validation loss to plateau alone."""
     if name == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    assert name == "plateau", name
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", PLATEAU_FACTOR, PLATEAU_PATIENCE)
 
 
@@ -264,7 +266,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
         writing, first = None, len(history) + 1
         for epoch in range(first, epochs + 1):
             start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            if epoch > 1 and rate < stop_lr * lr:
+            if rate < stop_lr * lr * (1 - 1e-6):  # not by rounding: 0.1 * 0.1 is not below 0.01
                 break
             order.epoch = epoch
             steps = iter(batches)
@@ -283,7 +285,10 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
             if not math.isfinite(train_loss + val_loss):
                 raise SystemExit(f"{folder}: the loss is not finite in epoch {epoch}, at rate {rate:.3g}; "
                                  "start again in another --runs folder with a lower --lr or --amp off")
-            scheduler.step(*[val_loss] * (schedule == "plateau"))
+            if schedule == "plateau":
+                scheduler.step(val_loss)
+            else:
+                scheduler.step()
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch, "lr": rate, "train_loss": train_loss, "val_loss": val_loss,
                             "val_accuracy": accuracy, "images_per_second": speed, "seconds": seconds})
@@ -386,7 +391,7 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         finder.range_test(datasets.loader(batches, order, workers, device.type == "cuda"), end_lr=RANGE_HIGH,
                           num_iter=RANGE_STEPS, smooth_f=RANGE_SMOOTHING)
-    smoothed = np.array([float(loss) for loss in finder.history["loss"]])
+    smoothed = np.array([float(loss) for loss in finder.history["loss"]])  # as the library stops by it
     losses = (smoothed[1:] - (1 - RANGE_SMOOTHING) * smoothed[:-1]) / RANGE_SMOOTHING
     return finder.history["lr"], [*smoothed[:1].tolist(), *losses.tolist()]
 
@@ -425,11 +430,12 @@ def find_lr(folder, make_net, train, **options):
     file = folder / "measured.json"
     with datasets.file_lock(folder / "measured.lock"):
         found = datasets.read_json(file) if file.exists() else {}
-        optimizer = found.setdefault("optimizer", options.get("optimizer", "sgd"))
-        if optimizer != options.get("optimizer", "sgd"):
-            raise SystemExit(f"{file}: measured with {optimizer}; give this row a --name of its own")
+        for key in ("optimizer", "batch_size", "image_size"):
+            if found.setdefault(key, options[key]) != options[key]:
+                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {options[key]}; give this row "
+                                 "a --name of its own, or name another folder with --runs")
         if "lr" not in found:
-            rates, losses = range_test(make_net(), train, **options)
+            rates, losses = range_test(make_net(0), train, **options)
             if options["device"].type == "cuda":
                 torch.cuda.empty_cache()
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
@@ -446,7 +452,10 @@ def find_lr(folder, make_net, train, **options):
 # ---------------------------------------------------------------- one run
 @contextlib.contextmanager
 def lock(folder):
-    """Whether this process alone works on the folder. lockf, not flock, which data workers would inherit."""
+    """Hold the run's lock inside the block; yields False if another process holds it.
+
+    lockf, not flock: data workers would inherit that one. datasets.file_lock, for what is made once, waits.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as handle:
         ours = True
@@ -515,15 +524,15 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     device, images = options["device"], {"mean": info["mean"], "std": info["std"]}
     common = images | {key: options[key] for key in ("image_size", "workers", "device", "amp")}
 
-    def make_net(fold=0):
-        seed_all(WEIGHTS, options["seed"], fold)
+    def make_net(number):
+        seed_all(WEIGHTS, options["seed"], number)
         return models.build_model(model, len(cells.classes), weights, options["image_size"])
 
     with lock(folder) as ours:
         if not ours:
             print(f"{folder}: busy, another process is working on it", file=sys.stderr)
             return BUSY
-        amp = settings.pop("amp")  # which auto chooses otherwise on the machine that looks at the results
+        amp = settings.pop("amp")  # a finished run is not refused where auto chooses another precision
         check_settings(folder, settings | ({} if lr == "auto" else {"lr": lr}))
         if from_rank_0(lambda: (folder / "predictions.csv").exists()):
             (folder / "last.pt").unlink(missing_ok=True)
@@ -536,7 +545,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         if lr == "auto":
             search = common | {"memory_format": memory_format, "crop": crop}
             search |= {key: options[key] for key in ("batch_size", "seed", "optimizer")}
-            learn = cells.subset(parts[:, 0] == "train")
+            learn = cells.subset(parts[:, 0] == "train")  # fold 0's, whichever fold this is: one rate for all
             lr = from_rank_0(lambda: find_lr(shared, make_net, learn, **search))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
@@ -569,7 +578,8 @@ def publish(folder, net, val, test, **options):
     final = test if len(test) else val
     logits = predict(net, final, **options)
     write_predictions(folder / "predictions.csv", final, logits)
-    (folder / "last.pt").unlink(missing_ok=True)
+    if ranks()[0] == 0:
+        (folder / "last.pt").unlink(missing_ok=True)
     accuracy = (logits.argmax(1).numpy() == final.targets).mean()
     print(f"{folder}: finished; accuracy of epoch {best['epoch']} {accuracy:.4f} on {len(final)} images")
 
@@ -708,7 +718,7 @@ def run_main(main):
         status = main()
     except KeyboardInterrupt as stop:
         status, name = 128 + stop.args[0], signal.Signals(stop.args[0]).name
-        print(f"\nstopped by {name}; the same command resumes after the last complete epoch", file=sys.stderr)
+        print(f"\nstopped by {name}; the same command resumes after the last saved epoch", file=sys.stderr)
     except SystemExit as end:
         status = end.code
     except BrokenPipeError:  # nobody reads the output any more
@@ -746,8 +756,9 @@ def main():
     options = run_options(args, parser)
     weights = initial_weights(args.runs, args.model, args.init, args.weights)
     cells, info = open_checked(args.data, args.runs)
-    file = pathlib.Path(weights or "none").with_name("config.json")
-    before = datasets.read_json(file) if file.is_absolute() and file.exists() else {}
+    before = {}
+    if weights and os.path.isabs(weights) and pathlib.Path(weights).with_name("config.json").exists():
+        before = datasets.read_json(pathlib.Path(weights).with_name("config.json"))
     if before.get("data") == info["fingerprint"]:
         raise SystemExit(f"{weights}: was trained on the very images of {cells.root}, those to be tested "
                          "among them; start from other weights")

@@ -401,18 +401,19 @@ def test_a_loss_that_never_descends_gives_the_default_rate_and_a_warning(tmp_pat
 def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json, and keeps what else stands in it; a damaged one is named."""
     (tmp_path / "measured.json").write_text('{"candidates": [1]}')
-    rate = train.find_lr(tmp_path, lambda: regression([]), cells, **SETTINGS)
+    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, optimizer="sgd", **SETTINGS)
     assert json.loads((tmp_path / "measured.json").read_text()) == {
-        "candidates": [1], "lr": rate, "optimizer": "sgd"}
+        "candidates": [1], "lr": rate, "optimizer": "sgd", "batch_size": 8, "image_size": 8}
     (tmp_path / "lr_range.csv").unlink()
-    assert train.find_lr(tmp_path, None, cells, **SETTINGS) == rate and not (tmp_path / "lr_range.csv").exists()
+    assert train.find_lr(tmp_path, None, cells, optimizer="sgd", **SETTINGS) == rate and not (tmp_path / "lr_range.csv").exists()
     (tmp_path / "measured.json").write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
-        train.find_lr(tmp_path, None, cells, **SETTINGS)
+        train.find_lr(tmp_path, None, cells, optimizer="sgd", **SETTINGS)
 
 
-def test_the_rate_of_another_optimizer_is_not_taken(cells, tmp_path):
+@pytest.mark.parametrize("key, value", [("optimizer", "adamw"), ("image_size", 16), ("batch_size", 4)])
+def test_a_rate_of_other_settings_is_not_taken(cells, tmp_path, key, value):
     """A rate of SGD is a hundred times too high for AdamW: the row needs a folder of its own."""
-    (tmp_path / "measured.json").write_text('{"lr": 0.1, "optimizer": "sgd"}')
-    with pytest.raises(SystemExit, match="measured with sgd.*--name"):
-        train.find_lr(tmp_path, None, cells, optimizer="adamw", **SETTINGS)
+    (tmp_path / "measured.json").write_text('{"lr": 0.1, "optimizer": "sgd", "image_size": 8, "batch_size": 8}')
+    with pytest.raises(SystemExit, match=f"measured with {key}.*not {value}.*--name"):
+        train.find_lr(tmp_path, None, cells, **({"optimizer": "sgd"} | SETTINGS | {key: value}))
