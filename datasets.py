@@ -1,10 +1,9 @@
-"""Images of single cells: three kinds of data sets, augmentation, batches, statistics and integrity check.
+"""Images of single cells: data sets, augmentation, batches, statistics and integrity check.
 
-    python datasets.py --data data/bm     # counts, sizes, channel mean and std, unreadable files, duplicates
-    python datasets.py --data data/bm data/cd data/pcam
+    python datasets.py --data data/bm data/cd   # counts, sizes, mean and std, unreadable files, duplicates
 
-A data set is one folder: PatchCamelyon's HDF5 files, a COCO detection set (each box becomes one image), or a
-folder of class folders. Another format takes one opener that returns Cells, and one line in open_dataset.
+A data set is a folder: PatchCamelyon's HDF5 files, a COCO detection set (each box becomes one image), or
+class folders. Another format takes one opener that returns Cells, and one line in open_dataset.
 """
 import argparse
 import collections
@@ -15,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -38,33 +38,28 @@ OTHER_TYPES = tuple(".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 SYSTEM = "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found thumbs thumbnails".split()
 OUTPUT = ["split.csv", "overlaps.csv", "predictions.csv", "data/*.json", "train/*/*/fold*", "pretrain/*/*/*"]
-# class order of Table 5; other data sets are in alphabetical order
+# in the order of Table 5; classes of other data sets are in alphabetical order
 BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
-PAPER = {  # Tables 1 and 2: images, classes, channel mean, channel std
-    "bm": ("171,374", 21, (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)),
-    "cd": ("48,587", 11, (0.7255, 0.7826, 0.8270), (0.2705, 0.2380, 0.1834)),
-    "pcam": ("262,144 for training", 2, (0.7008, 0.5384, 0.6916), (0.2350, 0.2774, 0.2129)),
-}
-SOURCES = {
-    "bm": "TCIA's Bone-Marrow-Cytomorphology_MLL_Helmholtz_Fraunhofer, doi.org/10.7937/TCIA.AXH3-T579",
-    "cd": "Comparison Detector, github.com/kuku-sichuan/ComparisonDetector",
-    "pcam": "PatchCamelyon's six HDF5 files, github.com/basveeling/pcam",
-}
+# Tables 1 and 2: images, classes, channel mean, channel std
+PAPER = {"bm": ("171,374", 21, (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)),
+         "cd": ("48,587", 11, (0.7255, 0.7826, 0.8270), (0.2705, 0.2380, 0.1834)),
+         "pcam": ("262,144 for training", 2, (0.7008, 0.5384, 0.6916), (0.2350, 0.2774, 0.2129))}
+SOURCES = {"bm": "doi.org/10.7937/TCIA.AXH3-T579", "cd": "github.com/kuku-sichuan/ComparisonDetector",
+           "pcam": "github.com/basveeling/pcam"}
 PARTS = set("train training test testing val valid validation image images mask masks annotations".split())
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
-ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams: numpy pads short keys with zeros
+ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams, since numpy pads short keys with zeros
 UNREADABLE = ("not an image that can be decoded", "an empty file", "No such file")  # read_image's words
 SHOWN = 50  # unreadable files, and groups of duplicates, that are printed (PatchCamelyon has thousands)
-WORKER_TIMEOUT = 600  # seconds without a batch after which a data worker counts as hanging
 
 
 # ---------------------------------------------------------------- images
 def read_image(file, turn=True):
     """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it cannot be read.
 
-    Grey, palette and CMYK become RGB, transparent pixels black; of several pages the first is read. 16 bits
-    are scaled by the file's depth: the smallest of 8, 10, 12, 14, 16 bits that holds its brightest value.
+    Transparent pixels become black; of several pages the first is read. 16 bits are scaled by the file's
+    depth: the smallest of 8, 10, 12, 14, 16 bits that holds its brightest value.
     """
     try:
         with open(file, "rb", buffering=0) as handle:  # half the time of np.fromfile
@@ -123,10 +118,9 @@ def draw_crop(height, width, rng):
 
 
 def warp(image, size, box, angle, flip_x=False, flip_y=False):
-    """Crop uint8 [H,W,3] to box, resize, rotate by angle (degrees, counter-clockwise) and flip, in one warp.
+    """Crop uint8 [H,W,3] to box, resize, rotate (degrees, counter-clockwise) and flip, in one warp.
 
-    Returns uint8 [size,size,3]; uncovered corners are black (section 2.3). Larger crops are first shrunk with
-    antialiasing. OpenCV warps four channels in half the time of three.
+    Returns uint8 [size,size,3]; uncovered corners are black (2.3); larger crops are shrunk antialiased.
     """
     top, left, h, w = box
     image = image[top:top + h, left:left + w]
@@ -137,8 +131,9 @@ def warp(image, size, box, angle, flip_x=False, flip_y=False):
     fx, fy = (-1 if flip_x else 1), (-1 if flip_y else 1)
     linear = np.array([[cos * fx * w, -sin * fy * w], [sin * fx * h, cos * fy * h]]) / size
     shift = np.array([(w - 1) / 2, (h - 1) / 2]) - linear.sum(1) * (size - 1) / 2
-    warped = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), np.column_stack([linear, shift]),
-                            (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
+    warped = cv2.warpAffine(image, np.column_stack([linear, shift]), (size, size),
+                            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
 
@@ -164,10 +159,9 @@ def normalise(images, mean, std):
 class Cells:
     """A data set's index; [i] is image i as uint8 RGB [H,W,3].
 
-    classes (list of str), targets int64 [N], paths str [N] relative to root, notes (what a user should know).
-    files: absolute names of the image files, str [N]; None where read(path) gives images that are no files.
-    groups: str [N], what no split may tear, or None. parts: official "train", "val" or "test" [N], or None.
-    Arrays, not lists: reference counts would copy every page into every worker.
+    targets int64 [N], paths str [N] relative to root, files str [N] absolute (None where read(path) gives
+    images that are no files), groups str [N] that no split may tear or None, parts official "train", "val" or
+    "test" [N] or None: arrays, since reference counts of lists would copy every page into every worker.
     """
 
     def __init__(self, root, name, classes, paths, targets, notes=(), read=None, files=..., groups=None,
@@ -188,8 +182,8 @@ class Cells:
     def subset(self, indices):
         """The images at indices (integers or a mask), of the same classes."""
         columns = [None if c is None else c[indices] for c in (self.files, self.groups, self.parts)]
-        columns = [self.paths[indices], self.targets[indices], self.notes, self.read, *columns]
-        return Cells(self.root, self.name, self.classes, *columns)
+        paths, targets = self.paths[indices], self.targets[indices]
+        return Cells(self.root, self.name, self.classes, paths, targets, self.notes, self.read, *columns)
 
 
 def open_dataset(path):
@@ -220,13 +214,10 @@ def list_folder(folder):
 
 
 def find_images(folder):
-    """(sorted relative paths of the images below a folder, {ending: number} of pictures of types not read).
-
-    Links are followed, each folder is entered once and none above it: loops end.
-    """
+    """(sorted relative paths of the images below a folder, {ending: number} of pictures not read)."""
     found, unread, pending, start = [], collections.Counter(), [""], pathlib.Path(folder)
     visited = {*map(os.path.realpath, start.absolute().parents), *map(str, start.resolve().parents)}
-    while pending:
+    while pending:  # links are followed, but each folder is entered once and none above it: loops end
         inside = pending.pop()
         real = os.path.realpath(start / inside)
         below, files, _ = list_folder(real) if real not in visited else ([], [], [])
@@ -251,7 +242,7 @@ def descend(folder, endings):
 def open_classes(folder, name, notes=()):
     """A folder of class folders, however deep: goes down while a folder holds one folder and no image."""
     root, below, stray = descend(folder, IMAGE_TYPES)
-    found, unread = {label: find_images(root / label) for label in below}, collections.Counter()
+    found = {label: find_images(root / label) for label in below}
     images = {label: paths for label, (paths, _) in found.items() if paths}
     classes = sorted(images, key=BM_CLASSES.index) if {*images} <= {*BM_CLASSES} else list(images)
     if len(classes) < 2:
@@ -264,9 +255,7 @@ def open_classes(folder, name, notes=()):
     notes += [f"{root / made} is output of these scripts: left out" for made in list_folder(root)[2]]
     if stray:
         notes.append(f"{len(stray)} images lie in {root} outside any class folder: left out")
-    for _, counts in found.values():
-        unread.update(counts)
-    if unread:
+    if unread := sum((counts for _, counts in found.values()), collections.Counter()):
         types = ", ".join(f"{number} {ending}" for ending, number in unread.most_common())
         notes.append(f"{unread.total()} pictures of types that are not read: left out ({types})")
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
@@ -282,8 +271,8 @@ def open_classes(folder, name, notes=()):
 def refuse_parts(root, images):
     """SystemExit if folders {name: paths of images} are parts of a data set, not classes.
 
-    Their names say so, or all hold the same folders, unless those are number ranges (TCIA's 0001-1000), parts
-    or, where some hold fewer, have names with digits, as patients do.
+    Their names say so, or all hold the same folders that are no number ranges (TCIA's 0001-1000), parts or,
+    where some hold fewer, patients (names with digits).
     """
     words = {name: {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name) if w[1:]} for name in images}
     parts = [name for name, some in words.items() if some & PARTS and some <= PARTS | {"simple", "set"}]
@@ -293,9 +282,8 @@ def refuse_parts(root, images):
     fine = any(re.fullmatch(number, name) for name in most) or {name.lower() for name in most} <= PARTS
     if len(parts) > 1 or all(len(some) > 1 and some <= most for some in below) and not fine:
         why = " and ".join(list(images)[:3]) + " look like parts of a data set, not classes"
-        inside = f" (each holds {', '.join(sorted(most)[:3])})" if most else ""
-        raise SystemExit(f"{root}: {why}{inside}; name one with --data, or put a COCO set's JSON files beside"
-                         " its image folders. If they are classes, put their images right into their folders")
+        raise SystemExit(f"{root}: {why}; name one with --data, or put a COCO set's JSON files beside its "
+                         "image folders. If they are classes, put their images right into their folders")
 
 
 def read_coco(file):
@@ -304,8 +292,8 @@ def read_coco(file):
         content = json.loads(file.read_bytes())
     except ValueError as error:
         raise SystemExit(f"{file}: not valid JSON ({error}); fetch it again or remove it") from None
-    keys = content if isinstance(content, dict) else ()
-    return content if {"images", "annotations", "categories"} <= set(keys) else None
+    is_coco = isinstance(content, dict) and {"images", "annotations", "categories"} <= {*content}
+    return content if is_coco else None
 
 
 def open_coco(folder, name, coco):
@@ -321,8 +309,8 @@ def open_coco(folder, name, coco):
                 except (KeyError, TypeError, AttributeError) as error:
                     raise SystemExit(f"{files}: no COCO detection set ({error!r}); fetch it again") from None
                 if not part.exists():
-                    why = f"no box can be cropped ({'; '.join(notes) or 'there is none'})"
-                    raise SystemExit(f"{files}: {why}; the image folders belong beside the JSON files")
+                    raise SystemExit(f"{files}: no box can be cropped ({'; '.join(notes) or 'there is none'})"
+                                     "; the image folders belong beside the JSON files")
                 (part / ".done.json").write_text(json.dumps({"digest": digest, "notes": notes}))
                 os.rename(part, crops)
     done = read_json(crops / ".done.json")
@@ -350,14 +338,14 @@ def crop_boxes(folder, coco, part):
                 stem = f"{file.stem}-{stem}"
             picture, problem = open_picture(place, image.get("width"), image.get("height"))
             for box in boxes.pop(image["id"], ()):
-                area = box.get("bbox") or bounds(box.get("segmentation"))
-                label, (crop, why) = labels.get(box["category_id"]), cut_box(picture, area)
-                key = (place, label, str(area))
+                label, area = labels.get(box["category_id"]), box.get("bbox") or box.get("segmentation")
+                key, (crop, why) = (place, label, str(area)), cut_box(picture, area)
                 if why or label is None or key in taken:
                     dropped[problem or why or ("listed twice" if label else "of an unknown category")] += 1
                     continue
                 cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
-                cell += f"-{len(taken)}" * (cell in taken)
+                if cell in taken:
+                    cell += f"-{len(taken)}"
                 taken |= {cell, key}
                 (part / label).mkdir(parents=True, exist_ok=True)
                 png = cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
@@ -372,8 +360,7 @@ def clean(name):
 
 
 def open_picture(file, width, height):
-    """A COCO set's picture and None, or None and why. Boxes mean pixels as stored, not turned by EXIF, unless
-    the JSON's size says otherwise."""
+    """A COCO set's picture and None, or None and why: turned by EXIF only if it has the JSON's size then."""
     try:
         sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
     except ValueError:
@@ -382,18 +369,16 @@ def open_picture(file, width, height):
     return picture, None if picture is not None else "their image is not of the size that the JSON says"
 
 
-def bounds(polygons):
-    """The box (x, y, width, height) around COCO's polygons [[x, y, x, y, ...]], or [] if there are none."""
-    points = [v for polygon in polygons for v in polygon] if isinstance(polygons, list) else []
-    x, y = points[::2] or [0], points[1::2] or [0]
-    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-
-
-def cut_box(picture, box):
-    """A picture's pixels in a COCO box (x, y, width, height), clipped: (crop, None) or (None, why none)."""
-    if picture is None or len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 1:
+def cut_box(picture, area):
+    """Pixels of a COCO box [x, y, width, height] or polygons [[x, y, ...]]: (crop, None) or (None, why)."""
+    if isinstance(area, list) and area and isinstance(area[0], list):
+        points = list(itertools.chain(*area))
+        x, y = points[::2], points[1::2]
+        area = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+    is_box = isinstance(area, list) and len(area) == 4 and all(map(math.isfinite, area))
+    if picture is None or not is_box or min(area[2:]) <= 1:
         return None, "width or height of 1 or less, no cell"
-    x, y, w, h = box
+    x, y, w, h = area
     crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
     return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
 
@@ -409,13 +394,12 @@ def open_pcam(folder, name):
             x, y = (open_hdf5(str(file), os.getpid()) for file in files)
             labels, shape = y["y"][()].reshape(-1), x["x"].shape
         except (OSError, KeyError, AttributeError, TypeError) as error:
-            missing = [file for file in files if not file.exists()]
-            why = f"{missing[0].name} is missing" if missing else f"{error}".splitlines()[0]
-            advice = f"fetch {files[0].name} and {files[1].name} again"
-            for found in sorted(folder.glob(f"{missing[0].stem}*")) if missing else ():
-                advice = f"rename {found.name} to {missing[0].name}"
-                if found.name.endswith(".gz"):
-                    advice = f"unpack it: gunzip {found}"
+            why, advice = f"{error}".splitlines()[0], f"fetch {files[0].name} and {files[1].name} again"
+            if missing := [file for file in files if not file.exists()]:
+                why = f"{missing[0].name} is missing"
+                for found in folder.glob(f"{missing[0].stem}*"):
+                    rename = f"rename {found.name} to {missing[0].name}"
+                    advice = f"unpack it: gunzip {found}" if found.suffix == ".gz" else rename
             raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
         if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
             raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
@@ -451,8 +435,8 @@ def read_patch(folder, path):
 class Batches(torch.utils.data.Dataset):
     """Batches of Cells, collated: (uint8 [B,3,size,size] in channels_last, int64 labels [B]).
 
-    The sampler gives a batch's key: (epoch, first position, indices) is augmented, plain indices are resized
-    only. (An attribute set on a data set never reaches persistent workers.)
+    The sampler gives a batch's key: (epoch, first position, indices) is augmented, plain indices are resized.
+    (An attribute set on a data set never reaches persistent workers.)
     """
 
     def __init__(self, cells, size, seed=0, fold=0, crop=True):
@@ -474,7 +458,7 @@ class BalancedEpochs(torch.utils.data.Sampler):
     """Keys of an epoch's batches: classes equally likely, with replacement (weighted sampling by 1/count).
 
     Set .epoch before iterating; the order depends on (seed, fold, epoch) alone. An epoch has .batches whole
-    batches, by default as many draws as targets, rounded up. Of each batch a rank takes its contiguous share.
+    batches, by default len(targets) draws, rounded up. Of each batch a rank takes its contiguous share.
     """
 
     def __init__(self, targets, batch_size, seed=0, fold=0, rank=0, ranks=1):
@@ -498,7 +482,7 @@ def loader(batches, sampler, workers=0, pin=False):
     """DataLoader over Batches; sampler yields the keys. Results do not depend on the number of workers."""
     return torch.utils.data.DataLoader(
         batches, batch_sampler=sampler, num_workers=workers, collate_fn=tuple, pin_memory=pin,
-        persistent_workers=workers > 0, timeout=WORKER_TIMEOUT if workers else 0, worker_init_fn=quiet_worker)
+        persistent_workers=workers > 0, timeout=600 if workers else 0, worker_init_fn=quiet_worker)
 
 
 def quiet_worker(_):
@@ -511,10 +495,7 @@ def quiet_worker(_):
 # ---------------------------------------------------------------- files
 @contextlib.contextmanager
 def file_lock(file):
-    """Wait for an exclusive lock on file (created, never removed): no two processes make the same thing.
-
-    On a file system without locks it does without, and says so once.
-    """
+    """Wait for an exclusive lock on file (created, never removed); without locks it says so and goes on."""
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
@@ -547,12 +528,9 @@ def open_atomic(file, mode="wb"):
 def read_json(file):
     """The dict that a JSON file of ours holds; SystemExit with one line if it is damaged."""
     try:
-        content = json.loads(pathlib.Path(file).read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
+        return json.loads(pathlib.Path(file).read_bytes())
     except ValueError as error:
         raise SystemExit(f"{file}: damaged ({error}); remove it, and it is made anew") from None
-    return content
 
 
 # ---------------------------------------------------------------- statistics and integrity
@@ -586,12 +564,12 @@ def inspect(cells, index):
 
 def inspect_all(cells, workers=None):
     """inspect's results in order, from several threads, with a progress bar."""
-    workers, size = workers or len(os.sched_getaffinity(0)), 1024
-    starts = tqdm(range(0, len(cells), size), f"checking {cells.name}", unit=f"x{size} images", disable=None)
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    threads, starts = workers or len(os.sched_getaffinity(0)), range(0, len(cells), 1024)
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # here: filters belong to all threads
-        for start in starts:  # in blocks, since map keeps all results that wait
-            yield from pool.map(functools.partial(inspect, cells), range(len(cells))[start:start + size])
+        for start in tqdm(starts, f"checking {cells.name}", unit="x1024 images", disable=None):
+            block = range(start, min(start + 1024, len(cells)))  # since map keeps all results that wait
+            yield from pool.map(functools.partial(inspect, cells), block)
 
 
 def check_dataset(cells, runs="runs", workers=None):
@@ -599,15 +577,14 @@ def check_dataset(cells, runs="runs", workers=None):
 
     Returns a dict: fingerprint, classes, counts, mean and std (per channel, of resized pixels in [0,1], each
     readable image counting equally; of official parts, train's), sizes, unreadable [[path, why]], duplicates
-    [[paths of equal content]], across_classes (how many of them differ in class), notes. Sums of integers:
-    the same on any machine.
+    [[paths of equal content]], across_classes (how many of them differ in class), notes.
     """
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
     with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
         if info.get("fingerprint") == stamp and info["notes"][:len(cells.notes)] == cells.notes:
             return info
-        total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()
+        total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()  # exact sums
         same, odd = collections.defaultdict(list), collections.defaultdict(list)
         for index, (why, digest, shape, histogram, oddities) in enumerate(inspect_all(cells, workers)):
             if why:
@@ -620,8 +597,8 @@ def check_dataset(cells, runs="runs", workers=None):
             if cells.parts is None or cells.parts[index] == "train":
                 total += histogram
         if not total.any():
-            examples = "; ".join(": ".join(found) for found in unreadable[:1])
-            raise SystemExit(f"{cells.root}: none of {len(cells)} images can be read, e.g. {examples}")
+            why = f"none of {len(cells)} images can be read, e.g. {': '.join(unreadable[0])}"
+            raise SystemExit(f"{cells.root}: {why}")
         level, pixels = np.arange(256) / 255, total.sum(1)
         mean = total @ level / pixels
         variance = total @ level**2 / pixels - mean**2
@@ -658,8 +635,8 @@ def describe(info):
     lines += [f"  {name:9s} {ours}" + f"   (paper: {theirs})" * bool(theirs) for name, ours, theirs in rows]
     twins = f"{len(info['duplicates'])} groups, {info['across_classes']} of them across classes"
     lines.append(f"  unreadable {len(info['unreadable'])}, exact duplicates {twins}")
-    for found in ([f"unreadable, left out: {path} ({why})" for path, why in info["unreadable"]],
-                  [f"the same image: {', '.join(group)}" for group in info["duplicates"]]):
+    unreadable = [f"unreadable, left out: {path} ({why})" for path, why in info["unreadable"]]
+    for found in (unreadable, [f"the same image: {', '.join(group)}" for group in info["duplicates"]]):
         lines += [f"    {line}" for line in found[:SHOWN]]
         if len(found) > SHOWN:
             lines.append(f"    ... and {len(found) - SHOWN} more, see <runs>/data/{info['name']}.json")

@@ -4,7 +4,8 @@
     python splits.py --data data/own --groups 'patient(\\d+)'    # all images of a patient in one part
     python splits.py --data data/bm --groups runs/groups.csv    # all images that overlap (see overlaps.py)
 
-train.py makes the first one itself if there is none, and uses the one it finds, e.g. a published split."""
+train.py makes the first one itself if there is none, and uses the one it finds, e.g. a published split.
+"""
 import argparse
 import csv
 import json
@@ -15,34 +16,32 @@ import signal
 import sys
 
 import numpy as np
+import scipy.sparse
 
 
 def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
     """Split images of class numbers targets (int [N]) into str [N, folds]: "train", "val" or "test" (2.4).
 
-    Of a class's n images each fold tests n/folds, rounded up or down, and validates with max(1, round(val *
-    rest)) of the rest, or none of a rest of 1. With groups (one id an image) no group is in two parts of a
-    fold, and counts are as even as that allows. ValueError if folds, val or groups allow no such split.
+    Of a class's n images each fold tests n/folds and validates with max(1, round(val * rest)) of the rest, or
+    none of a rest of 1. With groups (one id an image) no group is in two parts of a fold, and counts are as
+    even as that allows. ValueError if folds, val or groups allow no such split.
     """
     targets = np.asarray(targets, np.int64)
     if folds < 2 or not 0 < val < 1:
         raise ValueError(f"{folds} folds, validation share {val}: at least 2 folds, a share between 0 and 1")
     if groups is not None:
         return split_groups(targets, folds, val, seed, groups)
-    parts = np.full((len(targets), folds), "train", dtype="<U5")
-    first = 0
+    first, parts = 0, np.full((len(targets), folds), "train", dtype="<U5")
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
-        keys = random_keys(seed, label, folds + 1, len(members))
-        tested = np.empty(len(members), np.int64)
-        tested[np.argsort(keys[0], kind="stable")] = (first + np.arange(len(members))) % folds
-        first += len(members)  # deal on where the last class ended: remainders don't pile up in fold 0
+        order = random_keys(seed, label, folds + 1, len(members)).argsort(axis=1, kind="stable")
         for fold in range(folds):
-            rest = np.flatnonzero(tested != fold)
-            rest = rest[np.argsort(keys[1 + fold][rest], kind="stable")]
+            tested = order[0][(fold - first) % folds::folds]
+            rest = order[1 + fold][~np.isin(order[1 + fold], tested)]
             count = max(0, min(max(1, round(val * len(rest))), len(rest) - 1))
-            parts[members[tested == fold], fold] = "test"
+            parts[members[tested], fold] = "test"
             parts[members[rest[:count]], fold] = "val"
+        first += len(members)  # deal on where the last class ended: remainders don't pile up in fold 0
     return parts
 
 
@@ -56,8 +55,7 @@ def split_groups(targets, folds, val, seed, groups):
     names, group = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
     classes, label = np.unique(targets, return_inverse=True)
     if len(names) < max(folds, 3):
-        why = f"{len(names)} groups are too few for {folds} folds, {max(folds, 3)} are needed"
-        raise ValueError(f"{why}; ask for fewer folds or check what --groups takes out of the paths")
+        raise ValueError(f"{len(names)} groups are too few for {folds} folds: lower --folds, check --groups")
     counts = np.zeros((len(names), len(classes) + 1), np.int64)
     np.add.at(counts, (group, label), 1)
     counts[:, -1] = counts.sum(1)  # the size of a part counts like one more class
@@ -73,9 +71,10 @@ def split_groups(targets, folds, val, seed, groups):
 
 
 def deal_groups(counts, shares, keys):
-    """Put groups (counts int [groups, classes]) into parts of the given shares, none empty: int [groups].
+    """Put groups (counts int [groups, classes]) into parts of these shares, none empty: int [groups].
 
-    The largest first, each where it adds least to the chi-square of the counts against the shares."""
+    The largest first, each where it adds least to the chi-square of the counts against the shares.
+    """
     weights = 2**32 // np.maximum(counts.sum(0), 1)  # integers, since sums of floats differ between machines
     filled, place = np.zeros((len(shares), counts.shape[1]), np.int64), np.empty(len(counts), np.int64)
     for done, group in enumerate(np.lexsort((keys, -counts[:, -1]))):
@@ -93,11 +92,9 @@ def write_splits(file, paths, labels, parts):
     beside = pathlib.Path(f"{file}.tmp{os.getpid()}")
     beside.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted([str(path), str(label), *row] for path, label, row in zip(paths, labels, parts.tolist()))
+    header = ["path", "label", *(f"fold{k}" for k in range(parts.shape[1]))]
     with open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
-        csv.writer(handle).writerow(["path", "label"] + [f"fold{k}" for k in range(parts.shape[1])])
-        csv.writer(handle).writerows(rows)
-        handle.flush()
-        os.fsync(handle.fileno())
+        csv.writer(handle).writerows([header, *rows])
     os.replace(beside, file)
 
 
@@ -114,13 +111,12 @@ def read_table(file, columns):
                     raise ValueError("an incomplete row, or one too long")
                 if rows.setdefault(row[0], row) is not row:
                     raise ValueError(f"{row[0]!r} is there a second time")
+            if len(rows) < 2:
+                raise ValueError("lists no image")
     except OSError as error:
         raise SystemExit(f"{file}: cannot be read ({error.strerror}); correct it or name another") from None
     except (ValueError, csv.Error) as error:
-        where = f"{file}, line {reader.line_num}"
-        raise SystemExit(f"{where}: {error}; correct it or make the file anew") from None
-    if len(rows) < 2:
-        raise SystemExit(f"{file}: lists no image; make the file anew")
+        raise SystemExit(f"{file}, line {reader.line_num}: {error}; correct it or make it anew") from None
     return rows.pop("path"), list(rows.values())
 
 
@@ -129,11 +125,12 @@ def read_splits(file):
     header, rows = read_table(file, ["path", "label", "fold0"])
     if header[2:] != [f"fold{k}" for k in range(len(header) - 2)]:
         raise SystemExit(f"{file}, line 1: the folds have to be fold0,fold1,..., not {','.join(header[2:])}")
-    parts = np.array([row[2:] for row in rows])
-    for row, k in np.argwhere(~np.isin(parts, ["train", "val", "test"])):
+    paths, labels, *parts = map(list, zip(*rows))
+    parts = np.array(parts).T
+    for row, k in np.argwhere(~np.isin(parts, ["train", "val", "test"]))[:1]:
         value = f"fold{k} is {str(parts[row, k])!r}"
-        raise SystemExit(f"{file}, row of {rows[row][0]!r}: {value}, not train, val or test")
-    return [row[0] for row in rows], [row[1] for row in rows], parts.astype("<U5")
+        raise SystemExit(f"{file}, row of {paths[row]!r}: {value}, not train, val or test")
+    return paths, labels, parts.astype("<U5")
 
 
 def read_groups(sources, paths):
@@ -141,7 +138,7 @@ def read_groups(sources, paths):
 
     A source is a CSV of path,group (.csv) or a regular expression that finds the group, its bracket if any.
     """
-    columns, groups, before = [], np.arange(len(paths)), None
+    links = []
     for source in sources:
         if source.lower().endswith(".csv"):
             found = {row[0]: row[1] for row in read_table(source, ["path", "group"])[1]}
@@ -152,14 +149,12 @@ def read_groups(sources, paths):
         if missing := [path for path, name in zip(paths, names) if not name]:
             why = f"no group for {len(missing)} of {len(paths)} images, e.g. {missing[0]!r}"
             raise SystemExit(f"--groups {source}: {why}; correct it, or name a .csv of path,group")
-        columns.append(np.unique(names, return_inverse=True)[1])
-    while not np.array_equal(groups, before):  # the smallest number spreads through a component
-        before = groups
-        for column in columns:
-            smallest = np.full(column.max() + 1, len(paths))
-            np.minimum.at(smallest, column, groups)
-            groups = smallest[column]
-    return groups
+        _, first, group = np.unique(names, return_index=True, return_inverse=True)
+        links.append(first[group])
+    edges = np.tile(np.arange(len(paths)), len(links)), np.concatenate(links)
+    graph = scipy.sparse.coo_matrix((np.ones(len(edges[0])), edges), (len(paths), len(paths)))
+    component = scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
+    return np.unique(component, return_index=True)[1][component]  # named by its first image
 
 
 def read_twins(runs, name, paths):
@@ -175,23 +170,22 @@ def read_twins(runs, name, paths):
 
 def count_leaks(parts, groups):
     """How many test images of each fold are in a group (indices of images) with a training image."""
-    leaks = [set() for _ in range(parts.shape[1])]
-    for group in filter(lambda group: len(group) > 1, groups):
-        for found, column in zip(leaks, parts[group].T):
-            if "train" in column:
-                found.update(image for image, part in zip(group, column) if part == "test")
-    return [len(found) for found in leaks]
+    leaks = np.zeros(parts.shape, bool)
+    for group in groups:
+        if len(group) > 1:
+            leaks[group] |= (parts[group] == "test") & (parts[group] == "train").any(0)
+    return leaks.sum(0).tolist()
 
 
 def describe(targets, classes, parts, groups, twins):
     """The split as text: images of each class, part and fold; groups; test images with a twin in training."""
-    lines, scarce = ["test/val/train    images"], []
-    lines[0] += "".join(f"{f'fold{k}':>20}" for k in range(parts.shape[1]))
+    folds, scarce = (f"{f'fold{k}':>20}" for k in range(parts.shape[1])), []
+    lines = ["test/val/train    images" + "".join(folds)]
     for label, name in enumerate(classes):
         rows = parts[targets == label]
-        counts = np.array([(rows == part).sum(0) for part in ("test", "val", "train")]).T
-        cells = ["/".join(map(str, count)) for count in counts]
-        lines.append(f"{name:16}{len(rows):8}" + "".join(f"{cell:>20}" for cell in cells))
+        counts = np.array([(rows == part).sum(0) for part in ("test", "val", "train")])
+        cells = (f"{'/'.join(map(str, column)):>20}" for column in counts.T)
+        lines.append(f"{name:16}{len(rows):8}{''.join(cells)}")
         if counts.min() == 0:
             scarce.append(f"{name} ({len(rows)})")
     if scarce:
@@ -215,8 +209,7 @@ def main():
     parser.add_argument("--folds", type=int, default=5, help="each image is tested in one of them")
     parser.add_argument("--val", type=float, default=0.2, help="validation share of what is not tested")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--groups", nargs="+", help="what has to stay together: CSVs of path,group and\n"
-                        "regular expressions that find the patient in a path")
+    parser.add_argument("--groups", nargs="+", help="CSVs of path,group, or regular expressions for paths")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     if args.folds < 2 or not 0 < args.val < 1 or args.seed < 0:
@@ -239,9 +232,9 @@ def main():
     except OSError as error:
         raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another by --out") from None
     old = read_splits(args.out)
-    if set(zip(*old[:2], map(tuple, old[2]))) != set(zip(paths, labels, map(tuple, parts))):
-        what = f"another split, {len(old[0]):,} images in {old[2].shape[1]} folds"
-        raise SystemExit(f"{args.out}: {what}; remove it to split anew, or name another file with --out")
+    if sorted(zip(*old[:2], old[2].tolist())) != sorted(zip(paths, labels, parts.tolist())):
+        why = f"another split, of {len(old[0]):,} images"
+        raise SystemExit(f"{args.out}: {why}; remove it to split anew, or name another file with --out")
     print(f"{args.out}: holds this very split already")
 
 
