@@ -148,10 +148,10 @@ def input_pipeline(cells, args):
     yield "input pipeline", *rates(len(indices), in_turn(ours, usual, args.rounds))
 
 
-def build(model, args, layout="contiguous"):
-    """The network with 21 units and the same weights every time."""
+def build(model, args, layout="contiguous", classes=21):
+    """The network with the same weights every time."""
     train.seed_all(0)
-    net = models.build_model(model, 21, image_size=args.image_size)
+    net = models.build_model(model, classes, image_size=args.image_size)
     return net.to(args.device, memory_format=train.LAYOUTS[layout])
 
 
@@ -166,7 +166,7 @@ def epoch_against_plain_loop(cells, args):
     chosen = np.resize(np.random.default_rng(0).permutation(len(cells)), count + val_count)
     learn, val = cells.subset(chosen[:count]), cells.subset(chosen[count:])
     weights = 1 / np.bincount(learn.targets)[learn.targets]
-    net, usual = build(args.model, args), build(args.model, args)
+    net, usual = (build(args.model, args, classes=len(cells.classes)) for _ in range(2))
     optimizer = torch.optim.SGD(usual.parameters(), lr=1e-3, momentum=0.9)
 
     def ours():
@@ -185,7 +185,8 @@ def epoch_against_plain_loop(cells, args):
 def evaluation_against_plain_loop(cells, args):
     """predict, from files to logits, and a plain loop under no_grad."""
     some = cells.subset(np.resize(np.arange(len(cells)), 64 * args.steps))
-    net, usual = build(args.model, args, args.memory_format), build(args.model, args)
+    layouts = args.memory_format, "contiguous"
+    net, usual = (build(args.model, args, layout, len(cells.classes)) for layout in layouts)
     seconds = in_turn(lambda: train.predict(net, some, mean=MEAN, std=STD, **options(args)),
                       lambda: usual_evaluation(usual, usual_loader(some, args), args.device), args.rounds)
     yield "evaluation against plain loop", *rates(len(some), seconds)
