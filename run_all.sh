@@ -32,8 +32,9 @@ while [ $# -gt 0 ]; do
 done
 if [ "$demo" ]; then
   DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
-  JOBS_PER_GPU=${JOBS_PER_GPU:-$(nproc | awk '{print $1 < 4 ? $1 : 4}')} device=${device:-cpu}
-  options=(--epochs 5 --image-size 32 --amp off --memory-format contiguous --workers 0 "${options[@]}")
+  cores=$(nproc) JOBS_PER_GPU=${JOBS_PER_GPU:-$((cores < 4 ? cores : 4))} device=${device:-cpu}
+  options=(--epochs 5 --image-size 48 --batch-size 16 --optimizer adamw --schedule cosine --lr 0.002 --amp off
+           --memory-format contiguous --workers 0 "${options[@]}") INITS=${INITS:-random imagenet cd pcam}
 fi
 baseline=""                                            # Matek et al. trained theirs from random weights
 [ "${MODELS:-}" ] || baseline=resnext50_32x4d
@@ -95,10 +96,13 @@ states() { local job; study | while read -r job; do echo "$(state "$job") $job";
 left() { states | grep -v '^done\|^missing'; }
 
 progress() {  # how many runs are done, and how long the others will take, by the seconds in log.csv
-  local state job
-  states | while read -r state job; do
+  local state job end
+  states | grep -v ' overlaps' | while read -r state job; do
     describe "$job"
-    [ "$kind" = overlaps ] || printf "$state\t$kind $model\t%s\n" "${ends[@]/%predictions.csv/log.csv}"
+    for end in "${ends[@]}"; do
+      [ -f "$end" ] && printf "done" || printf "$state"
+      printf "\t$kind $model\t%s\n" "${end%/*}/log.csv"
+    done
   done | awk -F '\t' -v slots="${JOBS:-1}" '
     $1 == "missing" { next }
     { seconds = 0; while ((getline line < $3) > 0) { split(line, column, ","); seconds += column[7] } }
@@ -107,7 +111,8 @@ progress() {  # how many runs are done, and how long the others will take, by th
     END {
       for (k in more) time += more[k] * (count[k] ? sum[k] / count[k] : done ? total / done : 0)
       printf "%d runs done, %d to go", done, others
-      if (done) printf ", about %.1f h", (time > begun ? time - begun : 0) / slots / 3600 }'
+      time = time > begun ? (time - begun) / slots : 0
+      if (done) printf ", about %d h %02d min", time / 3600, time / 60 % 60 }'
 }
 
 # ---------------------------------------------------------------- running
@@ -165,7 +170,7 @@ work() {  # one worker of GPU $1: takes the first job that can be done, until no
       sleep 5 & wait $!; continue
     fi
     run_job "$1" "${job#todo }"; status=$?
-    if [ $status = 0 ]; then refresh &
+    if [ $status = 0 ]; then [ "$demo" ] || refresh &
     elif [ $status = 75 ]; then :
     elif [ "$1" != cpu ] && ! python -c 'import torch; torch.zeros(1).cuda()' 2> /dev/null; then
       say "GPU $1 does not work: no more jobs for it"
@@ -194,6 +199,7 @@ if [ $mode = list ]; then
 fi
 job=$(study | awk -v n="$task" 'NR == n')
 [ $mode != task ] || [ "$job" ] || wrong "--task '$task': no such job; see --list"
+[ -z "$demo" ] || echo "The demo takes some six minutes on two cores."
 [ -z "$demo" ] || python tests/demo_data.py --out "$DATA" --size demo || exit 1
 mkdir -p "$logs" 2> /dev/null || { say "cannot write to $RUNS; name another folder with RUNS"; exit 1; }
 gpus=(cpu)

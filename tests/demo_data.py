@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-SIDE = 250              # pixels, as the BM images
+SIDE, VIEW = 250, 200     # pixels: of a BM image, and of its part that is kept and enlarged to that
 SETS = ("bm", "cd", "pcam")
 SIZES = ("demo", "tiny")
 MARKER = ".demo_data"   # in each set's folder: which arguments made it, and its files
@@ -39,27 +39,27 @@ FINE, AZURE = ((176, 120, 190),), ((146, 24, 120), (120, 20, 130))
 ORANGE, INKY = ((226, 104, 66), (238, 128, 74)), ((44, 12, 76), (60, 16, 92))
 MIXED = ORANGE + ORANGE + INKY[:1]
 CELLS = {
-    "NGB": Cell(68, 60, "band", .60, (PURPLE, 9, .25), 0, PINK, (FINE, 160, 1.1), (), "nucleus"),
-    "NGS": Cell(96, 60, "segmented", .66, (DARK, 8, .25), 0, PINK, (FINE, 160, 1.1), (), "nucleus"),
-    "LYT": Cell(90, 43, "round", .86, (DARK, 12, .35), 0, SKY, None, (), "nucleus"),
-    "MON": Cell(50, 74, "folded", .66, (LACY, 7, .30), 0, GREY, (FINE, 50, 1.0), ("vacuoles",), "nucleus"),
+    "NGB": Cell(68, 62, "band", .62, (PURPLE, 9, .25), 0, (240, 180, 196), (FINE, 160, 1.1), (), "nucleus"),
+    "NGS": Cell(96, 62, "segmented", .70, (DARK, 8, .25), 0, (248, 226, 200), (FINE, 160, 1.1), (), "nucleus"),
+    "LYT": Cell(90, 42, "round", .84, (DARK, 12, .35), 0, SKY, None, (), "nucleus"),
+    "MON": Cell(50, 78, "folded", .70, (LACY, 7, .30), 0, (148, 158, 178), (FINE, 50, 1.0), ("vacuoles",), "nucleus"),
     "EOS": Cell(54, 62, "bilobed", .58, (PURPLE, 8, .25), 0, (240, 186, 160), (ORANGE, 280, 4.0), (), "granules"),
     "BAS": Cell(28, 56, "bilobed", .66, (LACY, 9, .20), 0, (214, 186, 222), (INKY, 80, 4.6), ("over",), "granules"),
-    "MMZ": Cell(42, 63, "kidney", .66, (PURPLE, 9, .30), 0, PINK, (FINE, 160, 1.2), (), "nucleus"),
-    "MYB": Cell(58, 66, "oval", .64, (PURPLE, 9, .30), 0, (212, 186, 226), (FINE, 200, 1.4), (), "nucleus"),
-    "PMO": Cell(72, 78, "oval", .70, (LACY, 6, .22), 2, (150, 150, 214), (AZURE, 190, 2.1), ("hof",), "granules"),
+    "MMZ": Cell(42, 68, "kidney", .74, (PURPLE, 9, .30), 0, (226, 184, 232), (FINE, 160, 1.2), (), "nucleus"),
+    "MYB": Cell(58, 72, "oval", .60, (PURPLE, 9, .30), 0, (186, 158, 226), (FINE, 200, 1.4), (), "nucleus"),
+    "PMO": Cell(72, 80, "oval", .66, (LACY, 6, .22), 2, (134, 132, 216), (AZURE, 190, 2.6), ("hof",), "granules"),
     "BLA": Cell(72, 68, "round", .86, (LACY, 4, .16), 3, (112, 134, 214), None, (), "nucleus"),
-    "PLM": Cell(60, 62, "eccentric", .50, (DARK, 15, .50), 0, (70, 84, 178), None, ("hof",), "cell"),
+    "PLM": Cell(60, 66, "eccentric", .46, (DARK, 15, .50), 0, (60, 92, 190), None, ("hof",), "cell"),
     "KSC": Cell(12, 66, "", 0, (LACY, 17, .16), 0, PINK, None, (), "smudge"),
-    "OTH": Cell(24, 88, "eccentric", .36, (PURPLE, 8, .25), 1, (198, 196, 214), None, ("foam",), "cell"),
+    "OTH": Cell(24, 78, "eccentric", .36, (PURPLE, 8, .25), 1, (198, 196, 214), None, ("foam",), "cell"),
     "ART": Cell(84, 60, "", 0, (DARK, 8, .30), 0, PINK, None, (), "artefact"),
     "NIF": Cell(46, 64, "round", .74, (PURPLE, 12, .20), 0, (170, 160, 206), None, (), "cell"),
-    "PEB": Cell(40, 82, "round", .80, ((112, 30, 122), 5, .22), 2, ROYAL, None, ("rim",), "cell"),
-    "EBO": Cell(92, 48, "round", .54, ((40, 16, 66), 13, .45), 0, (202, 172, 182), None, (), "nucleus"),
-    "HAC": Cell(26, 54, "oval", .66, (PURPLE, 9, .22), 0, (164, 180, 216), None, ("hairs",), "border"),
+    "PEB": Cell(40, 76, "round", .80, ((112, 30, 122), 5, .22), 2, ROYAL, None, ("rim",), "cell"),
+    "EBO": Cell(92, 48, "round", .56, ((40, 16, 66), 13, .45), 0, (222, 146, 140), None, (), "nucleus"),
+    "HAC": Cell(26, 56, "oval", .62, (PURPLE, 9, .22), 0, (152, 196, 206), None, ("hairs",), "border"),
     "ABE": Cell(8, 62, "bilobed", .58, (PURPLE, 8, .25), 0, (236, 186, 168), (MIXED, 280, 4.2), (), "granules"),
-    "LYI": Cell(16, 48, "round", .86, (PURPLE, 5, .20), 1, SKY, None, (), "nucleus"),
-    "FGC": Cell(14, 78, "kidney", .66, (LACY, 6, .22), 0, (158, 146, 206), (AZURE, 120, 1.9), ("rods",), "rods"),
+    "LYI": Cell(16, 54, "round", .76, ((126, 44, 120), 5, .20), 1, (88, 176, 226), None, (), "nucleus"),
+    "FGC": Cell(14, 78, "kidney", .60, (LACY, 6, .22), 0, (206, 182, 216), (AZURE, 60, 1.9), ("rods",), "rods"),
 }
 
 
@@ -147,27 +147,42 @@ def inside(rng, mask, number):
     return points.reshape(-1, 2)[rng.integers(len(points), size=number)] + rng.uniform(-.5, .5, (number, 2))
 
 
+def draw_plasma(rng, shape):
+    """The ground of a smear: float32 [H, W, 3]."""
+    image = np.empty((*shape, 3), np.float32)
+    image[:] = np.array([242, 236, 236]) + rng.normal(0, 4, 3)
+    return image + cv2.merge([2.5 * noise(rng, image.shape, 40)] * 3)
+
+
 def draw_smear(rng):
     """Plasma, red cells, platelets and a cut-off neighbour or two: float32 [250, 250, 3]."""
-    image = np.empty((SIDE, SIDE, 3), np.float32)
-    image[:] = np.array([242, 236, 236]) + rng.normal(0, 4, 3)
-    image += cv2.merge([2.5 * noise(rng, image.shape, 40)] * 3)
-    for _ in range(rng.integers(2, 8)):
-        angle, far, r = rng.uniform(0, 2 * np.pi), rng.uniform(75, 160), rng.uniform(34, 46)
-        x, y = 125 + far * np.cos(angle), 125 + far * np.sin(angle)
-        paint(image, fill(blank(image), blob(rng, x, y, r, r * rng.uniform(.85, 1), angle)), (212, 190, 186), .85)
-        if rng.random() < .6:
-            paint(image, soften(fill(blank(image), blob(rng, x, y, r * .4)), r * .18), (236, 224, 222), .7)
+    image = draw_plasma(rng, (SIDE, SIDE))
+    draw_red_cells(rng, image, 125, 125)
     for _ in range(rng.integers(0, 3)):
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(150, 175)
         x, y, r = 125 + far * np.cos(angle), 125 + far * np.sin(angle), rng.uniform(45, 65)
         paint(image, fill(blank(image), blob(rng, x, y, r)), (PINK, SKY, GREY)[rng.integers(3)])
         nucleus = fill(blank(image), blob(rng, x, y, r * rng.uniform(.6, .85)))
         paint(image, nucleus, PURPLE, texture=.25 * noise(rng, image.shape, 9))
-    for x, y in rng.uniform(0, SIDE, (rng.integers(0, 6), 2)):
+    draw_platelets(rng, image)
+    return image
+
+
+def draw_red_cells(rng, image, x, y):
+    """Red cells around (x, y), painted into a smear."""
+    for _ in range(rng.integers(2, 8)):
+        angle, far, r = rng.uniform(0, 2 * np.pi), rng.uniform(75, 160), rng.uniform(34, 46)
+        u, v = x + far * np.cos(angle), y + far * np.sin(angle)
+        paint(image, fill(blank(image), blob(rng, u, v, r, r * rng.uniform(.85, 1), angle)), (212, 190, 186), .85)
+        if rng.random() < .6:
+            paint(image, soften(fill(blank(image), blob(rng, u, v, r * .4)), r * .18), (236, 224, 222), .7)
+
+
+def draw_platelets(rng, image):
+    """Platelets, painted into a smear."""
+    for x, y in rng.uniform((0, 0), image.shape[1::-1], (rng.integers(0, 6), 2)):
         r = rng.uniform(4, 10)
         paint(image, soften(fill(blank(image), blob(rng, x, y, r, wobble=.2)), 1.5), (170, 110, 184), .7)
-    return image
 
 
 def draw_nucleus(rng, shape, form, x, y, r):
@@ -338,13 +353,41 @@ def draw_unidentifiable(rng, image, cell):
 
 def photograph(rng, image, defocus):
     """Stain strength and hue, light, focus and sensor noise of one picture: float32 [H, W, 3] to uint8."""
-    stain, light = rng.normal(1, .08, 3).clip(.75, 1.3) * rng.uniform(.85, 1.18), rng.uniform(.94, 1.02)
+    stain, light = rng.normal(1, .04, 3).clip(.85, 1.15) * rng.uniform(.93, 1.08), rng.uniform(.96, 1.02)
     curve = 255 * light * (np.arange(256).clip(3)[:, None] / 255) ** stain      # Beer-Lambert: density times stain
     image = cv2.GaussianBlur(image.clip(0, 255).astype(np.uint8), (0, 0), defocus)
     image = cv2.LUT(image, curve.clip(0, 255).astype(np.uint8)[None])
     height, width = image.shape[:2]
     grain = np.frombuffer(rng.bytes(height // 2 * (width // 2) * 3), np.uint8).reshape(height // 2, width // 2, 3)
     return cv2.addWeighted(image, 1, cv2.resize(grain, (width, height)), .06, -7.65)
+
+
+def enlarge(image):
+    """The middle VIEW of SIDE pixels of an image or a mask (of a field: all but as much of its rim), SIDE pixels wide."""
+    rim, scale = (SIDE - VIEW) // 2, SIDE / VIEW
+    return cv2.resize(image[rim:-rim, rim:-rim], None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+
+
+def draw_field(first, second, seed, number):
+    """Two cells of classes first and second side by side, and a picture of each, cropped from the same field.
+
+    Returns two pictures, uint8 RGB [250, 250, 3], that share a quarter to a half of their area pixel for pixel, as
+    neighbours in the real data do.
+    """
+    rng = key(seed, "bm field", first, second, number)
+    a, b = CELLS[first], CELLS[second]
+    step = rng.permutation([(a.radius + b.radius) * rng.uniform(.85, 1), rng.uniform(0, 40)]) * rng.choice([-1, 1], 2)
+    step = np.round(step / 4).astype(int) * 4                   # 4 pixels here are 5 in the picture
+    left, top = np.maximum(-step, 0)
+    image = draw_plasma(rng, SIDE + np.abs(step[::-1]))
+    for cell, x, y in ((a, left + 125, top + 125), (b, left + 125 + step[0], top + 125 + step[1])):
+        draw_red_cells(rng, image, x, y)
+    for cell, x, y in ((a, left + 125, top + 125), (b, left + 125 + step[0], top + 125 + step[1])):
+        draw_leukocyte(rng, image, cell, x, y)
+    draw_platelets(rng, image)
+    image = photograph(rng, enlarge(image), rng.uniform(.4, 1.6))
+    corners = ((x * 5 // 4, y * 5 // 4) for x, y in ((left, top), (left + step[0], top + step[1])))
+    return [image[y:y + SIDE, x:x + SIDE] for x, y in corners]
 
 
 def draw_cell(class_code, seed, number, size=SIDE):
@@ -364,7 +407,7 @@ def draw_cell(class_code, seed, number, size=SIDE):
     else:
         mask = draw_leukocyte(rng, image, cell, *rng.normal(125, 6, 2))
     defocus = rng.uniform(4.5, 7) if class_code == "NIF" else rng.uniform(.4, 1.6)
-    image = photograph(rng, image, defocus)
+    image, mask = photograph(rng, enlarge(image), defocus), enlarge(mask)
     if size != SIDE:
         image, mask = (cv2.resize(a, (size, size), interpolation=cv2.INTER_AREA) for a in (image, mask))
     return image, mask > 100
@@ -381,14 +424,31 @@ def bm_counts(size):
     return {code: c.images if size == "demo" or code == "ABE" else 6 + c.images // 20 for code, c in CELLS.items()}
 
 
+NEIGHBOURS = ("NGS NGB", "NGS NGS", "EBO EBO", "EBO MYB", "LYT NGS", "PMO BLA", "PMO MYB", "LYT EBO")  # pairs of classes
+
+
 def write_bm(folder, size, seed):
-    """BM as TCIA unpacks it: BM_cytomorphology_data/<CLASS>/0001-1000/<CLASS>_00001.jpg."""
-    jobs = [(code, n) for code, count in bm_counts(size).items() for n in range(1, count + 1)]
-    for code, number in tqdm(jobs, desc="bm", unit="image", disable=None):
-        start = (number - 1) // 1000 * 1000
-        nested = folder / "BM_cytomorphology_data" / code / f"{start + 1:04d}-{start + 1000:04d}"
-        nested.mkdir(parents=True, exist_ok=True)
-        write_image(nested / f"{code}_{number:05d}.jpg", draw_cell(code, seed, number)[0])
+    """BM as TCIA unpacks it: BM_cytomorphology_data/<CLASS>/0001-1000/<CLASS>_00001.jpg.
+
+    In the demo the last images of some classes are 32 pairs of neighbours, cropped from one field each.
+    """
+    left, fields = {code: list(range(1, count + 1)) for code, count in bm_counts(size).items()}, {}
+    for number, pair in enumerate(4 * NEIGHBOURS if size == "demo" else ()):
+        first, second = pair.split()
+        fields[first, left[first].pop(), second, left[second].pop()] = number
+    with tqdm(total=sum(bm_counts(size).values()), desc="bm", unit="image", disable=None) as bar:
+        def write(code, number, image):
+            start = (number - 1) // 1000 * 1000
+            nested = folder / "BM_cytomorphology_data" / code / f"{start + 1:04d}-{start + 1000:04d}"
+            nested.mkdir(parents=True, exist_ok=True)
+            write_image(nested / f"{code}_{number:05d}.jpg", image)
+            bar.update()
+        for code, numbers in left.items():
+            for number in numbers:
+                write(code, number, draw_cell(code, seed, number)[0])
+        for (first, one, second, two), number in fields.items():
+            for code, name, image in zip((first, second), (one, two), draw_field(first, second, seed, number)):
+                write(code, name, image)
 
 
 # --------------------------------------------------------------------------------------- cervical smears (Papanicolaou)

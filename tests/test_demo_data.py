@@ -177,6 +177,33 @@ def test_the_mask_follows_the_size():
     assert abs(small.mean() - rgb.mean()) < 2
 
 
+@pytest.mark.parametrize("pair", sorted(set(demo_data.NEIGHBOURS)))
+def test_neighbours_share_a_piece_of_their_field_pixel_for_pixel(pair):
+    one, two = demo_data.draw_field(*pair.split(), seed=0, number=1)
+    assert one.shape == two.shape == (250, 250, 3)
+    starts = {one[y, x:x + 24].tobytes(): (x, y) for y in range(250) for x in range(226)}
+    shifts = Counter()
+    for y in range(250):
+        for x in range(226):
+            if (found := starts.get(two[y, x:x + 24].tobytes())):
+                shifts[found[0] - x, found[1] - y] += 1
+    (dx, dy), _ = shifts.most_common(1)[0]
+    width, height = 250 - abs(dx), 250 - abs(dy)
+    ours = one[max(dy, 0):max(dy, 0) + height, max(dx, 0):max(dx, 0) + width]
+    theirs = two[max(-dy, 0):max(-dy, 0) + height, max(-dx, 0):max(-dx, 0) + width]
+    assert np.array_equal(ours, theirs) and 0.15 < width * height / 250 ** 2 < 0.65
+
+
+def test_the_demo_has_32_pairs_of_neighbours_and_as_many_images_as_before(tmp_path, monkeypatch):
+    fields, plain = [], np.zeros((250, 250, 3), np.uint8)
+    monkeypatch.setattr(demo_data, "draw_cell", lambda *_: (plain, None))
+    monkeypatch.setattr(demo_data, "draw_field", lambda *names: fields.append(names) or (plain, plain))
+    demo_data.write_bm(tmp_path, "demo", 0)
+    counts = Counter(file.stem[:3] for file in tmp_path.rglob("*.jpg"))
+    assert counts == demo_data.bm_counts("demo") and len(set(fields)) == 32
+    assert sum(first != second for first, second, *_ in fields) >= 16  # across classes, as half of the real ones
+
+
 def test_a_picture_depends_on_its_key_alone(cells, tmp_path):
     again = demo_data.make(tmp_path / "again", size="tiny", seed=3, sets=("pcam", "cd"))
     assert contents(again / "cd") == contents(cells / "cd")

@@ -240,7 +240,8 @@ def test_the_time_left_is_said(place):
     """Two epochs of 2 h a run: after the first of three, 8 h are left."""
     out = place.run("--device", "cpu", **ONE | {"FOLDS": "0 1 2"})[1]
     shown = [line[line.index("["):line.index("]") + 1] for line in out.splitlines() if "[" in line]
-    assert shown == ["[0 runs done, 3 to go]", "[1 runs done, 2 to go, about 8.0 h]", "[2 runs done, 1 to go, about 4.0 h]"]
+    assert shown == [
+        "[0 runs done, 3 to go]", "[1 runs done, 2 to go, about 8 h 00 min]", "[2 runs done, 1 to go, about 4 h 00 min]"]
 
 
 def test_a_second_copy_waits_for_the_first(place):
@@ -461,6 +462,25 @@ def test_slurm_gets_arrays_with_their_dependencies(place):
     assert set(arrays) == set(wanted)
     for array, first in wanted.items():
         assert arrays[array][1] == ([f"--dependency=afterok:{arrays[first][0]}"] if first else [])
+
+
+@pytest.mark.long
+def test_a_small_study_with_the_scripts_themselves(demo, tmp_path):
+    """As under WSL: DATA and RUNS below a folder of first and last name."""
+    (tmp_path / "Anna M & Co").mkdir()
+    data, runs = tmp_path / "Anna M & Co/data", tmp_path / "Anna M & Co/my runs"
+    data.symlink_to(demo)
+    chosen = dict(os.environ, DATA=str(data), RUNS=str(runs), MODELS="shufflenet_v2_x0_5", INITS="random cd", FOLDS="0,1",
+                  PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    options = "--device cpu --epochs 1 --image-size 32 --lr 0.01 --workers 0 --amp off".split()
+    for last in (f"Open {runs}/results/index.html", f"Nothing left to do: see {runs}/results/index.html"):
+        done = subprocess.run(["bash", ROOT / "run_all.sh", *options], env=chosen, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == last, done.stdout + done.stderr
+    names = {path.relative_to(runs).as_posix() for path in runs.rglob("*")}
+    assert {f"train/shufflenet_v2_x0_5/{init}/fold{fold}/predictions.csv" for init in ("random", "cd") for fold in (0, 1)} < names
+    assert {"groups.csv", "results/table4.csv", "results/index.html"} < names
+    assert any(name.startswith("results/gradcam_") for name in names)
+    assert not any(b"\r" in file.read_bytes() for file in (runs / "logs").glob("*.log"))  # no progress bars in files
 
 
 def test_a_clone_by_git_for_windows_starts(tmp_path):
