@@ -118,7 +118,8 @@ def collect_corners(cells):
     found = list(in_threads(work, range(len(cells)), "corners", "image"))
     counts = [len(bits) for bits, _, _ in found]
     if 0 in counts:
-        print(f"{counts.count(0)} images have no corner (flat, tiny or unreadable): not compared", file=sys.stderr)
+        note = f"{counts.count(0)} images have no corner (flat, tiny or unreadable): not compared"
+        print(note, file=sys.stderr)
     return *map(np.concatenate, zip(*found)), np.repeat(np.arange(len(cells), dtype=np.int32), counts)
 
 
@@ -204,7 +205,7 @@ def find_candidates(cells):
                 ballots, new = [count_votes(np.concatenate(ballots))], 0
     if frequent:
         share = frequent / (TABLES * len(bits))
-        print(f"{share:.2%} of words have more than {FREQUENT} like them: not compared with the rest", file=sys.stderr)
+        print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
     return elect(count_votes(np.concatenate(ballots)))
 
 
