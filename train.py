@@ -230,6 +230,21 @@ def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", am
     return sum_of_ranks(logits).cpu()
 
 
+def wrap(net, device, compile):
+    """net for the training steps: shared by the ranks, compiled. All else uses net itself."""
+    cuda, number = device.type == "cuda", ranks()[1]
+    if compile and cuda and any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules()):
+        print("--compile: left out, since synchronised batch norm breaks the graph in every layer")
+        compile = False
+    if number > 1:
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if not compile:
+        return net
+    torch.compiler.reset()  # the fold before has another network; CUDA graphs do not go with several ranks
+    return torch.compile(net, mode="reduce-overhead" if cuda and number == 1 else None)
+
+
 def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0, image_size=224, mean, std,
         crop=True, workers=0, device="cpu", amp="off", memory_format="channels_last", compile=False,
         stop_lr=0.0, optimizer="sgd", schedule="plateau", info=None):
@@ -253,15 +268,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     history, best = resume(folder, parts)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
     batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, cuda)
-    wrapped = net
-    if number > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(
-            net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if compile and cuda and any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules()):
-        print("--compile: left out, since synchronised batch norm breaks the graph in every layer")
-    elif compile:  # CUDA graphs do not go with DistributedDataParallel
-        torch.compiler.reset()  # the fold before has another network
-        wrapped = torch.compile(wrapped, mode="reduce-overhead" if cuda and number == 1 else None)
+    wrapped = wrap(net, device, compile)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes while the next epoch trains
         writing, first = None, len(history) + 1
         for epoch in range(first, epochs + 1):
@@ -432,8 +439,8 @@ def find_lr(folder, make_net, train, **options):
         found = datasets.read_json(file) if file.exists() else {}
         for key in ("optimizer", "batch_size", "image_size"):
             if found.setdefault(key, options[key]) != options[key]:
-                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {options[key]}; give this row "
-                                 "a --name of its own, or name another folder with --runs")
+                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {options[key]}; give this "
+                                 "row a --name of its own, or name another folder with --runs")
         if "lr" not in found:
             rates, losses = range_test(make_net(0), train, **options)
             if options["device"].type == "cuda":
@@ -667,7 +674,8 @@ def open_split(file, cells, unreadable):
     names = np.array(cells.classes)[cells.targets]
     with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
-            splits.write_splits(file, cells.paths, names, splits.make_splits(cells.targets, groups=cells.groups))
+            parts = splits.make_splits(cells.targets, groups=cells.groups)
+            splits.write_splits(file, cells.paths, names, parts)
             print(f"{file}: new stratified split into 5 folds")
     paths, labels, parts = splits.read_splits(file)
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
