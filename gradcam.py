@@ -9,12 +9,10 @@ where evidence for a class is seen, not how much. Writes runs/results/gradcam_<m
 import argparse
 import collections
 import csv
-import json
 import os
 import pathlib
 import re
 import signal
-import warnings
 
 import numpy as np
 import torch
@@ -32,8 +30,7 @@ LEAST_GRID = 7  # places along a side that a heatmap has if possible, as the pap
 PICTURE = 320  # pixels: the longer side of an image as it is shown
 BATCH_SIZE = 32
 NOTE = ("From blue to red: how much each of {0} x {0} places speaks for the class above the map (Grad-CAM);"
-        " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.{1}")
-COARSE = " So few places cannot show a cell's structures."
+        " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.")
 
 
 # ---------------------------------------------------------------- heatmaps
@@ -98,7 +95,7 @@ def best_run(runs):
         best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
         return best["model"], best["init"]
     except (OSError, KeyError, ValueError):
-        found = {file.parts[-4:-2] for file in (runs / "train").glob("*/*/fold*/predictions.csv")}
+        found = {file.parts[-4:-2] for file in runs.glob("train/*/*/fold*/predictions.csv")}
     if len(found) != 1:
         raise SystemExit(f"{runs}: {len(found)} runs with finished folds, and no results/table4.csv; "
                          "first run evaluate.py, or name --model and --init")
@@ -112,16 +109,13 @@ def read_run(folder):
         try:
             with open(file, encoding="utf-8", errors="surrogateescape", newline="") as handle:
                 rows = list(csv.DictReader(handle))
-            names = [name[2:] for name in rows[0] if name.startswith("p_")]
-            if names != (classes or names):
-                raise ValueError("other classes than the fold before")
-            classes = names
+            classes = classes or [name[2:] for name in rows[0] if name.startswith("p_")]
             for row in rows:
-                cell = {key: row[key] for key in ("path", "label", "prediction")}
-                if not {cell["label"], cell["prediction"]} <= set(classes):
-                    raise ValueError(f"{cell['path']} is of another class")
-                p = np.array([float(row[f"p_{name}"]) for name in names])
-                cells.append(cell | {"fold": file.parent, "p": p})
+                if not {row["label"], row["prediction"]} <= set(classes):
+                    raise ValueError(f"{row['path']} is of another class")
+                p = np.array([float(row[f"p_{name}"]) for name in classes])
+                cells.append({"path": row["path"], "label": row["label"], "prediction": row["prediction"],
+                              "fold": file.parent, "p": p})
         except (IndexError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise SystemExit(f"{file}: invalid predictions ({error!r}); train that fold again") from None
     if not cells:
@@ -139,21 +133,21 @@ def add_heat(cells, classes, data, device):
     """Add to each cell its picture, its grid's side and heat {class: map} for prediction and label."""
     place, jobs = {path: i for i, path in enumerate(data.paths)}, collections.defaultdict(list)
     for cell in cells:
-        jobs[cell["fold"]] += [(cell, label) for label in {cell["label"], cell["prediction"]}]
-    with tqdm(total=sum(map(len, jobs.values())), desc="heatmaps", unit="map", disable=None) as bar:
-        for fold, of_fold in jobs.items():
-            net, info = models.load_checkpoint(fold / "best.pt")
-            for some in (of_fold[i:i + BATCH_SIZE] for i in range(0, len(of_fold), BATCH_SIZE)):
-                try:
-                    read = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in some]
-                except (KeyError, ValueError) as error:
-                    raise SystemExit(f"{data.root}: no test image {error}; see --data") from None
-                batch = batch_for(info, read, device)
-                maps = heatmaps(net.to(device), batch, [classes.index(label) for _, label in some])
-                for (cell, label), (_, picture), heat in zip(some, read, maps):
-                    cell["heat"] = cell.get("heat", {}) | {label: heat}
-                    cell["picture"], cell["side"] = picture, layer_for(net, batch)[1]
-                bar.update(len(some))
+        cell["heat"] = {}
+        jobs[cell["fold"]] += [(cell, label) for label in dict.fromkeys((cell["prediction"], cell["label"]))]
+    for fold, of_fold in tqdm(jobs.items(), "heatmaps", unit="fold", disable=None):
+        net, info = models.load_checkpoint(fold / "best.pt")
+        for some in (of_fold[i:i + BATCH_SIZE] for i in range(0, len(of_fold), BATCH_SIZE)):
+            try:
+                read = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in some]
+            except (KeyError, ValueError) as error:
+                raise SystemExit(f"{data.root}: no test image {error}; see --data") from None
+            batch = batch_for(info, read, device)
+            maps = heatmaps(net.to(device), batch, [classes.index(label) for _, label in some])
+            side = layer_for(net, batch)[1]
+            for (cell, label), (_, picture), heat in zip(some, read, maps):
+                cell["heat"][label] = heat
+                cell.update(picture=picture, side=side)
 
 
 @rc_context({"text.parse_math": False})  # a $ in a file name is no formula
@@ -162,8 +156,7 @@ def draw_figure(file, title, classes, right, wrong):
     rows = max(1, len(right[1]), len(wrong[1]))
     figure = Figure(figsize=(13, 2 + 2.6 * rows), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=15)
-    side = (right[1] + wrong[1])[0]["side"]
-    figure.supxlabel(NOTE.format(side, COARSE if side < LEAST_GRID else ""), fontsize=9)
+    figure.supxlabel(NOTE.format((right[1] + wrong[1])[0]["side"]), fontsize=9)
     halves = figure.subfigures(1, 2, width_ratios=(2, 3), wspace=0.04)
     for half, columns, (heading, cells) in zip(halves, (2, 3), (right, wrong)):
         half.suptitle(heading, fontsize=12)
@@ -171,16 +164,15 @@ def draw_figure(file, title, classes, right, wrong):
         for axis in axes.flat:
             axis.set_axis_off()
         for (first, *others), cell in zip(axes, cells):
+            name = pathlib.PurePath(cell["path"]).name[-30:].encode("ascii", "replace").decode()
             first.imshow(cell["picture"])
-            name = "".join(c if c.isprintable() else "?" for c in pathlib.PurePath(cell["path"]).name[-30:])
             first.set_title(f"{name}\n{cell['fold'].name}, true class: {cell['label']}", fontsize=8)
-            for axis, label in zip(others, dict.fromkeys((cell["prediction"], cell["label"]))):
-                heat, p = cell["heat"][label], cell["p"][classes.index(label)]
-                kind, empty = "predicted" if label == cell["prediction"] else "true", "\n(the map is empty)"
+            for axis, (label, heat) in zip(others, cell["heat"].items()):
+                kind = "predicted" if label == cell["prediction"] else "true"
+                empty = "" if heat.any() else "\n(the map is empty)"
                 axis.imshow(overlay(cell["picture"], heat))
-                axis.set_title(f"{kind}: {label}, {p:.1%}{'' if heat.any() else empty}", fontsize=8)
-    with datasets.open_atomic(file) as handle, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that the font lacks
+                axis.set_title(f"{kind}: {label}, {cell['p'][classes.index(label)]:.1%}{empty}", fontsize=8)
+    with datasets.open_atomic(file) as handle:
         figure.savefig(handle, format="png")
 
 
@@ -194,18 +186,18 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
         raise SystemExit(f"{unknown[0]}: {known}")
     labels = labels or sorted(set(chosen.values())) or [c for c in FIGURES if c in classes] or classes[:2]
     if not data:
-        config = datasets.read_json(cells[0]["fold"] / "config.json")
-        data = config["root"] if os.path.isdir(config.get("root", "")) else "data/bm"
-    figures = {}
-    for label in labels:
+        root = datasets.read_json(cells[0]["fold"] / "config.json").get("root", "")
+        data = root if os.path.isdir(root) else "data/bm"
+    figures, shown = {label: [] for label in labels}, []
+    for label, halves in figures.items():
         of_class = [cell for cell in cells if cell["label"] == label]
         for right, name in ((True, "Correctly classified"), (False, "Misclassified")):
             group = [cell for cell in of_class if (cell["prediction"] == label) == right]
             some = [cell for cell in group if cell["path"] in chosen] if paths else choose(group, count)
             kind = "chosen" if paths else "most and least confident" if len(some) < len(group) else "all"
-            heading = f"{name}: {len(group)} of {len(of_class)} test cells\n{len(some)} shown ({kind})"
-            figures.setdefault(label, []).append((heading, some))
-    shown = [cell for halves in figures.values() for _, some in halves for cell in some]
+            counts = f"{len(group)} of {len(of_class)} test cells\n{len(some)} shown ({kind})"
+            halves.append((f"{name}: {counts}", some))
+            shown += some
     add_heat(shown, classes, datasets.open_dataset(data), device)
     for label, halves in figures.items():
         if not any(some for _, some in halves):
@@ -234,7 +226,7 @@ def main():
     parser.add_argument("--paths", nargs="+", default=[], help="test images to show")
     parser.add_argument("--count", type=int, default=6, help="cells shown of right and of wrong ones, each")
     parser.add_argument("--runs", default="runs", type=pathlib.Path)
-    parser.add_argument("--data", help="the run's data set (default: where it was, else data/bm)")
+    parser.add_argument("--data", help="default: where the run found it, else data/bm")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
     device = find_device(parser, args.device)

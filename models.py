@@ -6,7 +6,6 @@
 Any classification model of torchvision gets a new last layer. Files are read as mere data: weights_only=True.
 """
 import argparse
-import collections
 import difflib
 import pathlib
 import re
@@ -16,7 +15,6 @@ import sys
 
 import torch
 import torchvision
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 ARCHITECTURES = {  # Table 3: the paper's name, the weights of these accuracies, Acc@1, Acc@5, parameters
     "vgg19_bn": ("VGG-19 BN", "IMAGENET1K_V1", 74.218, 91.842, 143_678_248),
@@ -34,21 +32,20 @@ def check_name(name, image_size=None, weights=None):
     """ValueError names what is wrong with a model, an image size (pixels) or a name of ImageNet weights."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        close = difflib.get_close_matches(str(name).lower(), known, 3) or list(ARCHITECTURES)
+        close = difflib.get_close_matches(str(name).lower(), known) or ARCHITECTURES
         raise ValueError(f"{name}: no classification model of torchvision; do you mean {', '.join(close)}?")
-    least = 224 if name == "maxvit_t" else 75 if name in ("alexnet", "inception_v3") else 32
-    step = int(name[-2:]) if name.startswith("vit_") else least if name == "maxvit_t" else 1
-    if image_size is not None and (image_size < least or image_size % step):
-        raise ValueError(f"{name}: image size {image_size} is not at least {least} and a multiple of {step}")
+    step = int(name[-2:]) if name.startswith("vit_") else 224 if name == "maxvit_t" else 1
+    if image_size is not None and (image_size < 32 or image_size % step):
+        raise ValueError(f"{name}: image size {image_size} is not at least 32 and a multiple of {step}")
     if weights is not None:
         find_weights(name, weights)
 
 
 def find_weights(name, weights="imagenet"):
     """torchvision's entry for ImageNet weights, 'imagenet' (Table 3's) or by name. ValueError without one."""
-    wanted, entries = weights.upper(), torchvision.models.get_model_weights(name).__members__
-    if wanted == "IMAGENET":
-        wanted = ARCHITECTURES.get(name, ("", "DEFAULT"))[1]
+    entries = torchvision.models.get_model_weights(name).__members__
+    default = ARCHITECTURES.get(name, ("", "DEFAULT"))[1]
+    wanted = default if weights.upper() == "IMAGENET" else weights.upper()
     if wanted not in entries:
         raise ValueError(f"{name}: no weights {weights}; torchvision has {', '.join(entries) or 'none'}")
     return entries[wanted]
@@ -68,28 +65,27 @@ def imagenet_file(name, weights="imagenet"):
 def build_model(name, num_classes, weights=None, image_size=224):
     """A torchvision network (float32, CPU) whose last layer is new, of num_classes units (section 2.2).
 
-    weights: None (random, from torch's global generator, which the caller seeds), 'imagenet' (Table 3's), or
-    torchvision's name of ImageNet weights, or the path of a best.pt or a state dict in torchvision's layout:
-    all but the head is copied. The head is nn.Linear's random one, drawn last: alike for all weights. A ViT's
-    position embeddings are interpolated to image_size. ValueError as check_name's, SystemExit for a bad file.
+    weights: None (random, from torch's global generator), 'imagenet' (Table 3's), torchvision's name of
+    others, or the path of a best.pt or a state dict: all but the head is copied, which is nn.Linear's random
+    one, alike for all weights. ValueError as check_name's, SystemExit for a bad file.
     """
     check_name(name, image_size, weights if is_imagenet(weights) else None)
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):  # without their side outputs
         options = {"aux_logits": False, "init_weights": True}
     net = torchvision.models.get_model(name, weights=None, **options)
-    old, (above, _, last) = net.get_submodule(head_name(net)), head_name(net).rpartition(".")
+    old = net.get_submodule(head_name(net))
     if isinstance(old, torch.nn.Linear):
         new = torch.nn.Linear(old.in_features, num_classes)
     else:
         new = torch.nn.Conv2d(old.in_channels, num_classes, old.kernel_size)
-    setattr(net.get_submodule(above), last, new)
+    net.set_submodule(head_name(net), new)
+    advice = f"{OURS}, or a state dict of torchvision's {name}"
     if is_imagenet(weights):
-        url, file = fetch(*imagenet_file(name, weights))
+        url, weights = fetch(*imagenet_file(name, weights))
         advice = f"remove it and put {url} there"
-        load_state(net, read_file(file, advice), file, name, advice)
-    elif weights is not None:
-        content, advice = read_file(weights), f"{OURS}, or a state dict of torchvision's {name}"
+    if weights is not None:
+        content = read_file(weights, advice)
         if isinstance(content.get("model"), str) and content["model"] != name:
             raise SystemExit(f"{weights}: a checkpoint of {content['model']}, not of {name}; {advice}")
         inner = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
@@ -99,19 +95,19 @@ def build_model(name, num_classes, weights=None, image_size=224):
 
 def head_name(net):
     """Dotted name of the last layer with weights, e.g. 'fc', 'classifier.6', 'heads.head'."""
-    kinds = torch.nn.Linear, torch.nn.Conv2d
-    return [name for name, module in net.named_modules() if type(module) in kinds][-1]
+    layers = net.named_modules()
+    return [name for name, layer in layers if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)][-1]
 
 
 def fetch(url, file):
     """Download a file that is not there yet, with a hash check; returns both. SystemExit if that fails."""
     if file.exists():
         return url, file
-    print(f"fetching {url} to {file}", file=sys.stderr, flush=True)
+    print(f"fetching {url} to {file}", file=sys.stderr)
     socket.setdefaulttimeout(60)  # seconds without a byte; torch.hub sets none
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), file.stem[-8:], progress=sys.stderr.isatty())
+        torch.hub.download_url_to_file(url, str(file), file.stem[-8:], sys.stderr.isatty())
     except Exception as error:  # no network, no room, a wrong hash, ...
         raise SystemExit(f"{url}: cannot be fetched ({error}); get it elsewhere, put it at {file}") from None
     return url, file
@@ -121,33 +117,35 @@ def read_file(file, advice=OURS):
     """The dict in a .pt or .pth file. SystemExit if it is missing, damaged or more than plain data."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        raise TypeError("no dict of weights")
     except Exception as error:  # no such file, or what damage leads to: EOFError, KeyError, ...
-        why = getattr(error, "strerror", None) or "damaged or cut short"
+        why = getattr(error, "strerror", None) or "damaged or cut short, or holds no weights"
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             why = "holds more than tensors and plain data, nothing of it was run"
         raise SystemExit(f"{file}: {why}; {advice}") from None
-    if not isinstance(content, dict):
-        raise SystemExit(f"{file}: holds a {type(content).__name__}, no weights; {advice}")
-    return content
 
 
 def load_state(net, state, file, name, advice=OURS, head=False):
-    """Copy tensors (dict by name) into net, whose own last layer stays without head. SystemExit if unfit."""
-    last, new = head_name(net) + ".", collections.OrderedDict()
+    """Move tensors (dict by name) into net, whose own last layer stays without head. SystemExit if unfit.
+
+    A ViT's position embeddings are interpolated to net's image size.
+    """
     try:
-        for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # of torch.compile, of DistributedDataParallel
-            consume_prefix_in_state_dict_if_present(state, prefix)
-        new._metadata = getattr(state, "_metadata", None)  # versions, by which modules know older files
-        for key, value in state.items():
-            if not key.startswith(("aux1.", "aux2.", "AuxLogits.")):  # side outputs; DenseNet's older names:
-                new[re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", key)] = value
+        for key in list(state):  # prefixes are torch.compile's and DistributedDataParallel's
+            new, value = re.sub(r"^((_orig_mod|module)\.)+", "", key), state.pop(key)
+            new = re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", new)  # ImageNet files have older names
+            if not new.startswith(("aux1.", "aux2.", "AuxLogits.")):  # and side outputs
+                state[new] = value
         if not head:
-            new |= {key: value for key, value in net.state_dict().items() if key.startswith(last)}
-        if "encoder.pos_embedding" in new and isinstance(net, torchvision.models.VisionTransformer):
+            last = head_name(net) + "."
+            state |= {key: value for key, value in net.state_dict().items() if key.startswith(last)}
+        if isinstance(net, torchvision.models.VisionTransformer):
             interpolate = torchvision.models.vision_transformer.interpolate_embeddings
-            new = interpolate(net.image_size, net.patch_size, new)
-        net.load_state_dict(new)
-    except (AttributeError, RuntimeError, ValueError) as error:
+            state = interpolate(net.image_size, net.patch_size, state)
+        net.load_state_dict(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         why = str(error).splitlines()[:2][-1].strip()[:200]  # PyTorch's first line says only of which class
         raise SystemExit(f"{file}: not the weights of {name} ({why}); {advice}") from None
 
@@ -155,10 +153,9 @@ def load_state(net, state, file, name, advice=OURS, head=False):
 def read_checkpoint(path):
     """The dict of a best.pt. SystemExit with one line if the file is no such thing."""
     content = read_file(path)
-    missing = [key for key in KEYS if key not in content]
-    if missing or not isinstance(content["state_dict"], dict):
-        lacks = ", ".join(missing[:3]) or "tensors"
-        raise SystemExit(f"{path}: no checkpoint of ours, it lacks {lacks}; {OURS}")
+    missing = [key for key in KEYS if content.get(key) is None]
+    if missing:
+        raise SystemExit(f"{path}: no checkpoint of ours, it lacks {', '.join(missing[:3])}; {OURS}")
     return content
 
 
@@ -175,7 +172,7 @@ def load_checkpoint(path):
 
 def cam_layer(net):
     """Grad-CAM's layer: the last one in which place is kept (VGG: the last ReLU before the pooling)."""
-    if isinstance(net, torchvision.models.VisionTransformer):  # later, patches have no gradient
+    if isinstance(net, torchvision.models.VisionTransformer):  # later on, patches have no gradient
         return net.encoder.layers[-1].ln_1
     if hasattr(net, "features") and isinstance(net.features[-1], torch.nn.MaxPool2d):
         return net.features[-2]
@@ -195,19 +192,19 @@ def cam_reshape(net):
 def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fetch", nargs="+", metavar="MODEL", help="fetch their ImageNet weights")
+    parser.add_argument("--fetch", nargs="+", default=[], metavar="MODEL", help="fetch ImageNet weights")
     parser.add_argument("--weights", default="imagenet", help="Table 3's, or by name, e.g. IMAGENET1K_V1")
     args = parser.parse_args()
-    if args.fetch:
-        try:
-            for name in args.fetch:
-                check_name(name, None, args.weights)
-        except ValueError as error:
-            parser.error(str(error))
+    try:
         for name in args.fetch:
-            print(fetch(*imagenet_file(name, args.weights))[1])
+            check_name(name, None, args.weights)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in args.fetch:
+        print(fetch(*imagenet_file(name, args.weights))[1])
+    if args.fetch:
         return
-    line = "{:<16}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}  {}"
+    line = "{:<16}" + 4 * "{:>8}" + 2 * "{:>13}" + "  {}"
     print(line.format("Table 3", "Acc@1", "paper", "Acc@5", "paper", "#Params", "paper", "weights"))
     for name, (_, weights, *paper) in ARCHITECTURES.items():
         meta = find_weights(name, weights).meta

@@ -5,9 +5,8 @@
 
 An image shows one cell, cut out as the training images were. Several networks are averaged. --out gets
 predictions.csv, heatmaps/, left_out.csv (images not read or not scored), differential.csv (counts in each
-folder with Wilson's 95% intervals: the chance of meeting just these cells, not the network's errors) and,
-where folders are named as the classes or --map says which is which, the tables of evaluate.py, without images
-that a checkpoint was trained or chosen on (its fold's training and validation part, not a pre-training's).
+folder with Wilson's 95% intervals of sampling) and, where folders are named as the classes or by --map, the
+tables of evaluate.py, without images of the folds' training and validation parts (not of pre-training).
 """
 import argparse
 import collections
@@ -30,32 +29,29 @@ import evaluate
 import gradcam
 import models
 
-THREADS = 4  # that decode images
-
 
 # ---------------------------------------------------------------- priors and scores
 def read_pairs(file):
     """A CSV file of two columns, of which a header folder,class is left out, as a dict of str."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(handle) if row]
-        return {row[0]: row[1] for row in rows if row[:2] != ["folder", "class"]}
-    except (OSError, IndexError, csv.Error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise SystemExit(f"{file}: no CSV file of two columns ({why})") from None
+            pairs = dict([cell.strip() for cell in row[:2]] for row in csv.reader(handle) if row)
+    except (ValueError, csv.Error) as error:
+        raise SystemExit(f"{file}: no CSV file of two columns ({error})") from None
+    return {name: value for name, value in pairs.items() if (name, value) != ("folder", "class")}
 
 
 def prior_ratio(prior, classes, counts):
     """pi/q, float [C]: wanted class frequencies over those of training, where all classes came equally often.
 
-    prior: 'uniform' (as trained), 'train' (as frequent as in counts, int [C]) or a CSV of class,frequency.
+    prior: 'uniform' (as trained), 'train' (as in counts, int [C]) or a CSV of class,frequency.
     """
     if prior == "uniform":
         return np.ones(len(classes))
     given = dict(zip(classes, counts)) if prior == "train" else read_pairs(prior)
     try:
         wanted = np.array([float(given[name]) for name in classes]) * (np.array(counts) > 0)
-        if not (np.isfinite(wanted).all() and wanted.min() >= 0 and wanted.any()):
+        if not (wanted.min() >= 0 and 0 < wanted.sum() < np.inf):
             raise ValueError("numbers of at least 0")
     except (KeyError, ValueError) as error:
         needed = f"class,frequency for each of {', '.join(classes)}"
@@ -90,9 +86,8 @@ def print_prior(folder, prior):
             tested = evaluate.read_predictions(file)
         except ValueError as error:
             raise SystemExit(f"{error}; train that fold again") from None
-        info = models.read_checkpoint(file.with_name("best.pt"))
-        counts = dict(zip(info["classes"], info["train_counts"]))
-        ratios.append(prior_ratio(prior, tested.classes, [counts.get(name, 0) for name in tested.classes]))
+        counts = models.read_checkpoint(file.with_name("best.pt"))["train_counts"]
+        ratios.append(prior_ratio(prior, tested.classes, counts))
         folds.append((tested.labels, tested.probabilities))
     if not folds:
         raise SystemExit(f"{folder}: no finished fold there; first run train.py")
@@ -104,24 +99,18 @@ def print_prior(folder, prior):
 
 # ---------------------------------------------------------------- new images
 def find_images(images, out):
-    """(folder, paths of the images below it, [(path, why)] of pictures not read); a file: a folder of one."""
+    """(folder, paths of the images below it, [(pictures not read, why)]); a file: a folder of one."""
     if images.is_file():
         return images.parent, [images.name], []
     if not images.is_dir() or images.resolve() == out.resolve():
         why = "the images' own folder; name another --out" if images.is_dir() else "no such file or folder"
         raise SystemExit(f"{images}: {why}")
     ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
-    (paths, unread), others = datasets.find_images(images), []
-    for ending, number in sorted(unread.items()):
-        print(f"{images}: {number} {ending} files are pictures of a type that is not read")
-    for file in sorted(images.rglob("*")) if unread else []:
-        path = file.relative_to(images)
-        hidden = any(part[0] == "." or part.lower() in datasets.SYSTEM for part in path.parts)
-        if file.suffix.lower() in unread and not hidden:
-            others.append((path, "a type of picture that is not read"))
+    paths, unread = datasets.find_images(images)
     paths = [path for path in paths if not path.startswith(ours)]
     if not paths:
         raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
+    others = [(f"*{end}", f"{n} pictures of a type that is not read") for end, n in sorted(unread.items())]
     return images, paths, others
 
 
@@ -136,7 +125,7 @@ def load_networks(checkpoints, device):
 
 
 def trained_on(checkpoints, nets, cells, digests):
-    """The paths among cells that a checkpoint was trained or chosen on (its fold's train and val part).
+    """The set of paths in cells that a checkpoint was trained or chosen on (its fold's train and val part).
 
     The split is where train.py leaves it, four folders above best.pt. Images are compared by content if the
     training images still lie where config.json says, else by class folder and name.
@@ -148,7 +137,7 @@ def trained_on(checkpoints, nets, cells, digests):
             root = pathlib.Path(datasets.read_json(place.with_name("config.json"))["root"])
             paths, _, parts = evaluate.read_split(place.parents[4] / "split.csv")
             used = np.array(paths)[parts[:, info["fold"]] != "test"].tolist()
-        except (OSError, LookupError, TypeError, ValueError, SystemExit) as error:  # a best.pt that was moved
+        except (OSError, LookupError, ValueError, SystemExit) as error:  # a best.pt that was moved
             print(f"{checkpoint}: what it was trained on is not known ({error}); it would be scored")
             continue
         if not root.is_dir():
@@ -160,16 +149,16 @@ def trained_on(checkpoints, nets, cells, digests):
                 contents.add(hashlib.sha1((root / path).read_bytes()).digest())
     ends = [{path.split("/", i)[-1] for i in range(path.count("/"))} for path in cells.paths]
     found = zip(cells.paths, digests, ends)
-    return sorted(str(path) for path, digest, end in found if digest in contents or end & names)
+    return {path for path, digest, end in found if digest in contents or end & names}
 
 
 def folder_labels(paths, names):
     """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that."""
-    found = []
+    found, names = [], names | {None: ""}
     for path in paths:
-        folders = path.split("/")[:-1]
-        at = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
-        found.append((names[folders[at]] if at < len(folders) else "", "/".join(folders[:at]) or "."))
+        folders = [*path.split("/")[:-1], None]  # None: no folder is known
+        at = next(i for i, folder in enumerate(folders) if folder in names)
+        found.append((names[folders[at]], "/".join(folders[:at]) or "."))
     return found
 
 
@@ -182,28 +171,28 @@ def heatmap_file(folder, path):
 
 
 def predict_images(nets, cells, ratio, device, maps):
-    """Probabilities as trained, float [N,C], of cells: the networks' mean.
+    """The networks' mean probabilities as trained, float [N,C], of cells.
 
     Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
     """
-    size, out = nets[0][1]["image_size"], []
-    progress = tqdm(total=len(cells), desc="predicting", unit="image", disable=None)
-    with progress as bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(cells), gradcam.BATCH_SIZE):
+    read_cell, out = functools.partial(gradcam.read_cell, cells, nets[0][1]["image_size"]), []
+    starts = tqdm(range(0, len(cells), gradcam.BATCH_SIZE), "predicting", unit="batch", disable=None)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for start in starts:
             some = range(len(cells))[start:start + gradcam.BATCH_SIZE]
-            read = list(pool.map(functools.partial(gradcam.read_cell, cells, size), some))
+            read = list(pool.map(read_cell, some))
             batches = [(net, gradcam.batch_for(info, read, device)) for net, info in nets]
             with torch.inference_mode():
                 each = [net(batch).double().softmax(1).cpu().numpy() for net, batch in batches]
             out.append(np.mean(each, 0))
-            if maps is not None:
-                labels = correct(out[-1], ratio).argmax(1)
-                heats = np.mean([gradcam.heatmaps(net, batch, labels) for net, batch in batches], 0)
-                for index, (_, picture), heat in zip(some, read, heats):
-                    both = np.hstack([picture, gradcam.overlay(picture, heat)])
-                    with datasets.open_atomic(heatmap_file(maps, str(cells.paths[index]))) as handle:
-                        image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
-            bar.update(len(some))
+            if maps is None:
+                continue
+            labels = correct(out[-1], ratio).argmax(1)
+            heats = np.mean([gradcam.heatmaps(net, batch, labels) for net, batch in batches], 0)
+            for index, (_, picture), heat in zip(some, read, heats):
+                both = np.hstack([picture, gradcam.overlay(picture, heat)])
+                with datasets.open_atomic(heatmap_file(maps, cells.paths[index])) as handle:
+                    image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
     return np.concatenate(out)
 
 
@@ -225,7 +214,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     nets = load_networks(checkpoints, device)
     classes = nets[0][1]["classes"]
     ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for _, info in nets], 0))
-    names = {label: label for label in classes} | (read_pairs(mapping) if mapping else {})
+    names = dict(zip(classes, classes)) | (read_pairs(mapping) if mapping else {})
     strange = set(names.values()) - {*classes, ""}
     if strange:
         raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
@@ -233,37 +222,35 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     whys, digests, _, _, notes = zip(*datasets.inspect_all(cells))
     for note, number in collections.Counter(itertools.chain(*notes)).items():
         print(f"{number} images {note}")
-    bad = [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
-    if len(bad) == len(paths):
-        raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(bad[0])}")
+    left_out += [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
+    if all(whys):
+        raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(left_out[-1])}")
     cells = cells.subset([not why for why in whys])
     out.mkdir(parents=True, exist_ok=True)
     p = predict_images(nets, cells, ratio, device, out / "heatmaps" if maps else None)
-    final = correct(p, ratio)
-    predicted = [classes[i] for i in final.argmax(1)]
-    header = ["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]
-    rows = ([path, label, *(f"{value:.7g}" for value in (row.max(), *row))]
-            for path, label, row in zip(cells.paths, predicted, final))
-    evaluate.write_csv(out / "predictions.csv", [header, *rows])
-    labels, smears = zip(*folder_labels(cells.paths, names))
-    evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
     seen = trained_on(checkpoints, nets, cells, filter(None, digests))
-    left_out += bad + [(path, "not scored: a checkpoint was trained or chosen on it") for path in seen]
+    left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
-    known = np.isin(labels, classes)
-    scored = known & ~np.isin(cells.paths, seen)
     for path, why in left_out[:10]:
         print(f"{path}: {why}")
-    if scored.any():
-        truth = np.array([classes.index(label) for label in np.array(labels)[scored]])
+    final = correct(p, ratio)
+    predicted = [classes[i] for i in final.argmax(1)]
+    rows = [["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]]
+    for path, label, row in zip(cells.paths, predicted, final):
+        rows.append([path, label, *(f"{value:.7g}" for value in (row.max(), *row))])
+    evaluate.write_csv(out / "predictions.csv", rows)
+    labels, smears = zip(*folder_labels(cells.paths, names))
+    evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
+    scored = [i for i, label in enumerate(labels) if label and cells.paths[i] not in seen]
+    if scored:
+        truth = np.array([classes.index(labels[i]) for i in scored])
         study = make_study(nets[0][1]["model"], classes, [(truth, p[scored])], [ratio], prior)
         print(evaluate.table_text(evaluate.table4_rows(study)))
-        evaluate.write_tables(study._replace(runs=dict(list(study.runs.items())[-1:])), out)  # the prior's
-    elif known.any():
-        print("no scores: a checkpoint was trained on all these images")
+        evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
     else:
-        print(f"no scores: no folder is named as a class ({', '.join(classes)}); see --map")
-    print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} in left_out.csv")
+        print("no scores: a checkpoint was trained on all these images, or no folder is named as a class "
+              f"({', '.join(classes)}; see --map)")
+    print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} lines in left_out.csv")
 
 
 def main():
@@ -275,23 +262,23 @@ def main():
     parser.add_argument("--map", help="CSV: name of an images' folder, class of ours")
     parser.add_argument("--prior", help="uniform (as trained), train (frequencies there) or a CSV")
     parser.add_argument("--no-heatmaps", action="store_true")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--model", help="a study's own run, with --init and --prior")
     parser.add_argument("--init")
     parser.add_argument("--runs", default="runs", type=pathlib.Path)
     args = parser.parse_args()
-    device = gradcam.find_device(parser, args.device)
+    device, prior = gradcam.find_device(parser, args.device), args.prior or "uniform"
     try:
         if args.checkpoint and args.images and args.out and not args.model:
-            predict_folder(args.checkpoint, args.images, args.out, args.map, args.prior or "uniform", device,
-                           not args.no_heatmaps)
+            options = args.map, prior, device, not args.no_heatmaps
+            predict_folder(args.checkpoint, args.images, args.out, *options)
         elif args.model and args.init and args.prior and not args.checkpoint:
-            print_prior(args.runs / "train" / args.model / args.init, args.prior)
+            print_prior(args.runs / "train" / args.model / args.init, prior)
         else:
             parser.error("give --checkpoint, --images and --out; or --model, --init and --prior")
     except OSError as error:
         place = error.filename or args.out or args.runs
-        raise SystemExit(f"{place}: {error.strerror or error}; see to it, or name another") from None
+        raise SystemExit(f"{place}: {error.strerror or error}; check it, or name another") from None
 
 
 if __name__ == "__main__":
