@@ -4,6 +4,7 @@ The files are real ones: a state_dict in torchvision's layout under torchvision'
 TORCH_HOME, and best.pt files as pre-training leaves them.
 """
 import csv
+import hashlib
 import json
 import re
 
@@ -278,6 +279,7 @@ def test_chain_through_the_command_line(tmp_path, run, demo, monkeypatch):
     assert len(pretrained["classes"]) == 11 and len(tuned["classes"]) == 21
     fold = tmp_path / "runs/train/resnet18/imagenet+cd/fold0"
     config = json.loads((fold / "config.json").read_text())
-    assert config["weights_from"] == str(tmp_path / "runs/pretrain/resnet18/imagenet+cd/best.pt")
+    best = tmp_path / "runs/pretrain/resnet18/imagenet+cd/best.pt"
+    assert config["weights"] == hashlib.sha256(best.read_bytes()).hexdigest()
     with open(fold / "predictions.csv", newline="") as handle:
         assert {f"p_{label}" for label in tuned["classes"]} <= set(next(csv.reader(handle)))
