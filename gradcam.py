@@ -30,7 +30,8 @@ LEAST_GRID = 7  # places along a side that a heatmap has if possible, as the pap
 PICTURE = 320  # pixels: the longer side of an image as it is shown
 BATCH_SIZE = 32
 NOTE = ("From blue to red: how much each of {0} x {0} places speaks for the class above the map (Grad-CAM);"
-        " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.")
+        " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.{1}")
+COARSE = " So few places cannot show a cell's structures."
 
 
 # ---------------------------------------------------------------- heatmaps
@@ -156,7 +157,8 @@ def draw_figure(file, title, classes, right, wrong):
     rows = max(1, len(right[1]), len(wrong[1]))
     figure = Figure(figsize=(13, 2 + 2.6 * rows), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=15)
-    figure.supxlabel(NOTE.format((right[1] + wrong[1])[0]["side"]), fontsize=9)
+    side = (right[1] + wrong[1])[0]["side"]
+    figure.supxlabel(NOTE.format(side, COARSE if side < LEAST_GRID else ""), fontsize=9)
     halves = figure.subfigures(1, 2, width_ratios=(2, 3), wspace=0.04)
     for half, columns, (heading, cells) in zip(halves, (2, 3), (right, wrong)):
         half.suptitle(heading, fontsize=12)

@@ -99,7 +99,7 @@ def print_prior(folder, prior):
 
 # ---------------------------------------------------------------- new images
 def find_images(images, out):
-    """(folder, paths of the images below it, [(pictures not read, why)]); a file: a folder of one."""
+    """(folder, paths of the images below it, [(path, why)] of pictures not read); a file: a folder of one."""
     if images.is_file():
         return images.parent, [images.name], []
     if not images.is_dir() or images.resolve() == out.resolve():
@@ -110,7 +110,14 @@ def find_images(images, out):
     paths = [path for path in paths if not path.startswith(ours)]
     if not paths:
         raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
-    others = [(f"*{end}", f"{n} pictures of a type that is not read") for end, n in sorted(unread.items())]
+    others = []
+    for ending, number in sorted(unread.items()):
+        print(f"{images}: {number} {ending} files are pictures of a type that is not read")
+    for file in sorted(images.rglob("*")) if unread else []:
+        path = file.relative_to(images)
+        hidden = any(part[0] == "." or part.lower() in datasets.SYSTEM for part in path.parts)
+        if file.suffix.lower() in unread and not hidden:
+            others.append((path, "a type of picture that is not read"))
     return images, paths, others
 
 
