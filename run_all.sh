@@ -75,23 +75,27 @@ describe() {  # sets kind, model, init, folds, name, ends (the last file of each
 
 finished() { local end; for end in "${ends[@]}"; do [ -f "$end" ] || return 1; done; }
 
-locked() { [ -f "$1" ] && { flock -n -E 75 "$1" true 2> /dev/null; [ $? = 75 ]; }; }
-
-state() {  # waits: for its pre-training; blocked: that has failed; missing: data or ImageNet weights
-  describe "$1"
-  if finished; then echo "done"
-  elif locked "$logs/$name.lock" || [ "$(find "$logs/$name.busy" -mmin -5 2> /dev/null)" ]; then echo running
-  elif [ -f "$logs/$name.failed" ]; then echo failed
-  elif [ "$kind" = pretrain ] && [ ! -d "$DATA/${init##*+}" ]; then echo missing
-  elif [[ $kind$init =~ ^trainimagenet$|^pretrainimagenet && $lacking = *" $model "* ]]; then echo missing
-  elif [ "$kind" = train ] && [ "$init" != random ] && [ "$init" != imagenet ]; then
-    case $(state "pretrain $model $init") in
-      done) echo todo ;; missing) echo missing ;; failed) echo blocked ;; *) echo waits ;;
-    esac
-  else echo todo; fi
+taken() {  # is the job running here, or, by train.py's word of the last minutes, elsewhere?
+  local log=$logs/$name
+  [ -f "$log.lock" ] && { flock -n -E 75 "$log.lock" true 2> /dev/null; [ $? != 75 ] || return 0; }
+  [ -f "$log.busy" ] && [ "$(find "$log.busy" -mmin -5)" ]
 }
 
-states() { local job; study | while read -r job; do echo "$(state "$job") $job"; done; }
+state() {  # sets now; waits: for its pre-training; blocked: that failed; missing: data or ImageNet weights
+  describe "$1"
+  now=todo
+  if finished; then now="done"
+  elif taken; then now=running
+  elif [ -f "$logs/$name.failed" ]; then now=failed
+  elif [ "$kind" = pretrain ] && [ ! -d "$DATA/${init##*+}" ]; then now=missing
+  elif [[ $kind$init =~ ^trainimagenet$|^pretrainimagenet && $lacking = *" $model "* ]]; then now=missing
+  elif [ "$kind" = train ] && [ "$init" != random ] && [ "$init" != imagenet ]; then
+    state "pretrain $model $init"
+    case $now in done) now=todo ;; failed) now=blocked ;; missing) ;; *) now=waits ;; esac
+  fi
+}
+
+states() { local job now; study | while read -r job; do state "$job"; echo "$now $job"; done; }
 
 left() { states | grep -v '^done\|^missing'; }
 
@@ -214,13 +218,13 @@ if [ "$device" != cpu ] && [ $mode != slurm ]; then
 fi
 
 if [ $mode = task ]; then
-  describe "$job"
-  case $(state "$job") in
+  state "$job"
+  case $now in
     done) echo "job $task is done"; exit ;;
     waits|blocked) say "job $task waits for its pre-training, which is not finished"; exit 1 ;;
   esac
   trap 'stop 130' INT; trap 'stop 143' TERM
-  rm -f "$logs/$name.failed"
+  describe "$job"; rm -f "$logs/$name.failed"
   run_job "${gpus[0]}" "$job" || exit
   if left > /dev/null; then refresh; else results heatmaps; fi
   exit 0                                               # whatever became of the tables
