@@ -186,7 +186,8 @@ work() {  # one worker of GPU $1: takes the first job that can be done, until no
 }
 
 submit() {  # job numbers, a pre-training to wait for: an array that Slurm requeues at a time-out; its number
-  local call="exec bash run_all.sh --task \$SLURM_ARRAY_TASK_ID$(printf ' %q' "${options[@]}")"
+  local call="exec bash run_all.sh --task \$SLURM_ARRAY_TASK_ID"
+  [ ${#options[@]} = 0 ] || call+=$(printf ' %q' "${options[@]}")
   sbatch --parsable --job-name=cells --array="$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} \
     --cpus-per-task=8 $([ "$device" = cpu ] || echo --gres=gpu:1) --time=24:00:00 --signal=B:TERM@120 \
     --requeue --open-mode=append --output="$logs/slurm-%A_%a.out" ${SBATCH:-} \
@@ -273,6 +274,7 @@ for attempt in first second; do                        # what failed is tried on
   left > /dev/null || break
 done
 trap - INT TERM
+export CUDA_VISIBLE_DEVICES=${gpus[0]#cpu}
 results heatmaps; status=$?
 if left >&2; then say "not done: the above; see $logs"; exit 1; fi
 exit $status

@@ -385,6 +385,11 @@ def test_each_gpu_has_its_worker_and_one_that_does_not_work_is_given_up(place):
     assert collections.Counter(gpu for gpu, _ in place.calls("train.py")) == {"0": 4, "1": 1}
 
 
+def test_heatmaps_are_drawn_on_a_gpu_of_ours(place):
+    assert place.run(GPUS="3", **ONE)[0] == 0
+    assert [gpu for gpu, _ in place.calls("gradcam.py")] == ["3"]
+
+
 # ---------------------------------------------------------------- before the night
 @pytest.mark.parametrize("environment, rest, status, words", [
     pytest.param({}, "--task 999 --device cpu", 2, "--task '999': no such job|--list", id="task out of range"),
@@ -481,6 +486,11 @@ def test_a_small_study_with_the_scripts_themselves(demo, tmp_path):
     assert {"groups.csv", "results/table4.csv", "results/index.html"} < names
     assert any(name.startswith("results/gradcam_") for name in names)
     assert not any(b"\r" in file.read_bytes() for file in (runs / "logs").glob("*.log"))  # no progress bars in files
+
+
+def test_slurm_without_options_passes_none_on(place):
+    assert place.run("--slurm", **ONE)[0] == 0
+    assert "--wrap=exec bash run_all.sh --task $SLURM_ARRAY_TASK_ID" in (place.plan / "sbatch").read_text().splitlines()
 
 
 def test_a_clone_by_git_for_windows_starts(tmp_path):
