@@ -41,8 +41,6 @@ FLIPS, TONE, CONTRAST = 16, 6, 0.1  # two views of a corner differ by less: bits
 STRICT = 8, 0.6, 0.04  # the same for a vote that is enough alone
 SAME = 0.85, 2.0  # correlation at least, mean difference at most (grey levels) where only JPEG differs
 TWICE = 0.985, 8.0, 6000  # of a slide scanned twice: colours agree as well, on at least so many pixels
-BALLOT = np.dtype([("pair", "i8"), ("shift", "u4"), ("weight", "i4")])  # two images, packed displacement
-FAR = 1 << 15  # displacements are smaller, in pixels
 BLOCK = 1 << 20  # corners that are compared at once
 SHOWN = 12  # pairs on the sheet, unreadable files that are printed
 
@@ -115,12 +113,20 @@ def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
     def work(index):
         return find_corners(read_image(cells, index))
-    found = list(in_threads(work, range(len(cells)), "corners", "image"))
-    counts = [len(bits) for bits, _, _ in found]
+    counts, block, blocks = [], [], []
+    for corners in in_threads(work, range(len(cells)), "corners", "image"):
+        counts.append(len(corners[0]))
+        block.append(corners)
+        if len(block) == 1024 or len(counts) == len(cells):
+            blocks.append(tuple(map(np.concatenate, zip(*block))))  # large arrays: freed memory is given back
+            block = []
     if 0 in counts:
         note = f"{counts.count(0)} images have no corner (flat, tiny or unreadable): not compared"
         print(note, file=sys.stderr)
-    return *map(np.concatenate, zip(*found)), np.repeat(np.arange(len(cells), dtype=np.int32), counts)
+    fields = list(zip(*blocks))
+    blocks.clear()
+    bits, places, tones = (np.concatenate(fields.pop(0)) for _ in range(3))
+    return bits, places, tones, np.repeat(np.arange(len(cells), dtype=np.int32), counts)
 
 
 # ---------------------------------------------------------------- candidates
@@ -129,12 +135,13 @@ def word(bits, table):
     return bits[:, np.arange(4 * table, 4 * table + 6) % bits.shape[1]]
 
 
-def cast_votes(bits, places, tones, image, order, keys, table, rows):
-    """Ballots of corners that look alike, one in rows (a range) of order; and how many of them had too many.
+def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
+    """Ballots int64 [M] of corners that look alike, one of each two in rows (a range) of order; rows left.
 
-    keys: uint64 [K] in that order, a word above the mean grey, sorted: neighbours are alike in both.
+    keys: uint64 [K] in that order, a word above the mean grey, sorted: neighbours are alike in both. A ballot
+    is one number for two images and their displacement (elect); a strict vote is two of them.
     """
-    rows, ballots = np.arange(rows.start, rows.stop), [np.zeros(0, BALLOT)]
+    rows, ballots = np.arange(rows.start, rows.stop), [np.zeros(0, np.int64)]
     for distance in range(1, FREQUENT + 1):
         rows = rows[:np.searchsorted(rows, len(keys) - distance)]
         rows = rows[keys[rows + distance] - keys[rows] <= TONE]
@@ -150,63 +157,71 @@ def cast_votes(bits, places, tones, image, order, keys, table, rows):
         keep = flips <= FLIPS
         for earlier in range(table):
             keep &= word(differ, earlier).any(1)  # else that table has this vote
-        strict = (tone <= STRICT[1:]).all(1) & (flips <= STRICT[0])
-        a, b, strict = a[keep], b[keep], strict[keep]
-        ballot = np.empty(len(a), BALLOT)
-        ballot["pair"], ballot["weight"] = image[a].astype(np.int64) << 32 | image[b], 1 + strict
-        dx, dy = (places[a].astype(np.int64) - places[b]).T
-        ballot["shift"] = (dx + FAR) * 2 * FAR + dy + FAR
-        ballots.append(ballot)
+        strict = keep & (tone <= STRICT[1:]).all(1) & (flips <= STRICT[0])
+        a, b = (np.r_[corner[keep], corner[strict]] for corner in (a, b))
+        dx, dy = (places[a].astype(np.int64) - places[b] + far).T
+        pair = image[a].astype(np.int64) * (int(image[-1]) + 1) + image[b]
+        ballots.append((pair * 2 * far + dx) * 2 * far + dy)
     return np.concatenate(ballots), len(rows)
 
 
-def count_votes(ballots):
-    """Ballots sorted, those of the same pair and displacement as one of their weight together."""
-    ballots = ballots[np.lexsort((ballots["shift"], ballots["pair"]))]
-    new = np.ones(len(ballots), bool)
-    new[1:] = (np.diff(ballots["pair"]) != 0) | (np.diff(ballots["shift"]) != 0)
-    counted = ballots[new]
-    counted["weight"] = np.bincount(np.cumsum(new) - 1, ballots["weight"], len(counted))
-    return counted
+def cast_table(bits, places, tones, image, far, table):
+    """Yield cast_votes of all corners, block by block, sorted by one of the words."""
+    keys = np.zeros((len(bits), 8), np.uint8)
+    keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
+    keys = keys.view(np.uint64)[:, 0]
+    order = np.argsort(keys)
+    keys = keys[order]
+    work = functools.partial(cast_votes, bits, places, tones, image, far, order, keys, table)
+    blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
+    yield from in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block")
 
 
-def elect(ballots):
-    """Candidates int64 [M,4] (first, second, dx, dy): of each pair the displacement with most votes."""
-    pair, row = np.unique(ballots["pair"], return_inverse=True)
-    ballots = ballots[(np.bincount(row, ballots["weight"], len(pair)) > 1)[row]]
-    near = []
-    for beside in np.add.outer((-1, 0, 1), (-2 * FAR, 0, 2 * FAR)).ravel():  # corners may be a pixel beside
-        near.append(ballots.copy())
-        near[-1]["shift"] += beside.astype(np.uint32)
-        near[-1]["weight"] *= 2 if beside else 3
-    ballots = count_votes(np.concatenate(near))
-    ballots = ballots[ballots["weight"] > 4]  # one strict vote, or two
-    ballots = ballots[np.lexsort((-ballots["weight"], ballots["pair"]))]
-    ballots = ballots[np.unique(ballots["pair"], return_index=True)[1]]
-    pair, shift = ballots["pair"], ballots["shift"].astype(np.int64)
-    return np.column_stack([pair >> 32, pair & 0xffffffff, shift // (2 * FAR) - FAR, shift % (2 * FAR) - FAR])
+def elect(ballots, images, far):
+    """Candidates int64 [M,4] (first, second, dx, dy) of sorted ballots: what most say of each pair."""
+    pair = ballots // (2 * far)**2
+    other = np.r_[True, pair[1:] != pair[:-1], True]
+    ballots = ballots[~(other[1:] & other[:-1])]  # a pair's only vote, not a strict one, does not count
+    ballots, votes = np.unique(ballots, return_counts=True)
+    near, weights = [], []
+    for beside in np.add.outer((-1, 0, 1), (-2 * far, 0, 2 * far)).ravel():  # corners may be a pixel beside
+        near.append(ballots + beside)
+        weights.append(votes * (2 if beside else 3))
+    ballots, row = np.unique(np.concatenate(near), return_inverse=True)
+    weights = np.bincount(row, np.concatenate(weights))
+    ballots, weights = ballots[weights > 4], weights[weights > 4]  # one strict vote, or two
+    pair = ballots // (2 * far)**2
+    order = np.lexsort((-weights, pair))
+    ballots = ballots[order[np.unique(pair[order], return_index=True)[1]]]
+    pair, dx, dy = ballots // (2 * far)**2, ballots // (2 * far) % (2 * far), ballots % (2 * far)
+    return np.column_stack([pair // images, pair % images, dx - far, dy - far])
 
 
 def find_candidates(cells):
-    """Candidates (elect) among all images."""
+    """Candidates (elect) among all images. SystemExit if there are too many of too large images."""
     bits, places, tones, image = collect_corners(cells)
-    ballots, new, frequent = [np.zeros(0, BALLOT)], 0, 0
+    if not len(image):
+        return []
+    far, ballots, new, frequent = int(places.max()) + 2, [np.zeros(0, np.int64)], 0, 0
+    if (2 * far * (int(image[-1]) + 1))**2 >= 1 << 63:
+        raise SystemExit(f"{cells.root}: {len(cells)} images of {far} pixels are too many to compare at once")
     for table in range(TABLES):
-        keys = np.zeros((len(bits), 8), np.uint8)
-        keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
-        keys = keys.view(np.uint64)[:, 0]
-        order = np.argsort(keys)
-        work = functools.partial(cast_votes, bits, places, tones, image, order, keys[order], table)
-        blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
-        for cast, more in in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block"):
+        for cast, more in cast_table(bits, places, tones, image, far, table):
             ballots.append(cast)
             new, frequent = new + len(cast), frequent + more
             if new > max(len(ballots[0]), 8 * BLOCK):
-                ballots, new = [count_votes(np.concatenate(ballots))], 0
+                ballots, new = [sort_ballots(ballots)], 0
     if frequent:
         share = frequent / (TABLES * len(bits))
         print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
-    return elect(count_votes(np.concatenate(ballots)))
+    return elect(sort_ballots(ballots), int(image[-1]) + 1, far)
+
+
+def sort_ballots(ballots):
+    """Arrays of ballots as one, sorted, at most eight of them equal: memory is bounded where many overlap."""
+    ballots = np.concatenate(ballots)
+    ballots.sort()
+    return ballots[np.r_[np.ones(min(8, len(ballots)), bool), ballots[8:] != ballots[:-8]]]
 
 
 # ---------------------------------------------------------------- pixels
