@@ -40,7 +40,8 @@ TABLES, FREQUENT = 8, 1000  # words of a corner; how many others of the same wor
 FLIPS, TONE, CONTRAST = 16, 6, 0.1  # two views of a corner differ by less: bits, grey levels, log contrast
 STRICT = 8, 0.6, 0.04  # the same for a vote that is enough alone
 SAME = 0.85, 2.0  # correlation at least, mean difference at most (grey levels) where only JPEG differs
-TWICE = 0.985, 8.0, 6000  # of a slide scanned twice: colours agree as well, on at least so many pixels
+TWICE = 0.985, 8.0, 6000  # and of a slide that was scanned twice, on at least so many pixels
+COLOURS = 8.0  # mean difference of the three channels at most
 BLOCK = 1 << 20  # corners that are compared at once
 SHOWN = 12  # pairs on the sheet, unreadable files that are printed
 
@@ -247,10 +248,9 @@ def compare(read, candidate):
     correlation = cv2.matchTemplate(a, b, cv2.TM_CCOEFF_NORMED)[0, 0]
     difference, area = cv2.norm(a, b, cv2.NORM_L1) / a.size, a.size / min(one.size, two.size)
     colours = cv2.norm(*shared(*pictures, dx, dy), cv2.NORM_L1) / (3 * a.size)
-    twice = correlation >= TWICE[0] and colours <= TWICE[1] and a.size >= TWICE[2]
-    if twice or correlation >= SAME[0] and difference <= SAME[1]:
-        return first, second, dx, dy, difference, area
-    return None
+    same = correlation >= SAME[0] and difference <= SAME[1]
+    twice = correlation >= TWICE[0] and difference <= TWICE[1] and a.size >= TWICE[2]
+    return (first, second, dx, dy, difference, area) if (same or twice) and colours <= COLOURS else None
 
 
 def third_sides(rows):
@@ -368,4 +368,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
