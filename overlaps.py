@@ -215,7 +215,12 @@ def find_candidates(cells):
     if frequent:
         share = frequent / (TABLES * len(bits))
         print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
-    return elect(sort_ballots(ballots), int(image[-1]) + 1, far)
+    del bits, places, tones  # memory for the election, which looks at a slice of the pairs at a time
+    ballots, shifts = sort_ballots(ballots), (2 * far)**2
+    ends = np.searchsorted(ballots, (ballots[4 * BLOCK::4 * BLOCK] // shifts + 1) * shifts)
+    parts = [part for part in np.split(ballots, ends) if len(part)]
+    elected = [elect(part, int(image[-1]) + 1, far) for part in parts]
+    return np.concatenate([np.zeros((0, 4), np.int64), *elected])
 
 
 def sort_ballots(ballots):
