@@ -42,7 +42,7 @@ STRICT = 8, 0.6, 0.04  # the same for a vote that is enough alone
 SAME = 0.85, 2.0  # correlation at least, mean difference at most (grey levels) where only JPEG differs
 TWICE = 0.985, 8.0, 6000  # and of a slide that was scanned twice, on at least so many pixels
 COLOURS = 8.0  # mean difference of the three channels at most
-BLOCK = 1 << 20  # corners that are compared at once
+BLOCK = 1 << 19  # corners that are compared at once
 SHOWN = 12  # pairs on the sheet, unreadable files that are printed
 
 
@@ -114,20 +114,20 @@ def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
     def work(index):
         return find_corners(read_image(cells, index))
-    counts, block, blocks = [], [], []
+    counts, block, found = [], [], [np.array(empty) for empty in find_corners(np.zeros((1, 1, 3), np.uint8))]
     for corners in in_threads(work, range(len(cells)), "corners", "image"):
         counts.append(len(corners[0]))
         block.append(corners)
         if len(block) == 1024 or len(counts) == len(cells):
-            blocks.append(tuple(map(np.concatenate, zip(*block))))  # large arrays: freed memory is given back
+            for field, parts in zip(found, zip(*block)):
+                start = len(field)
+                field.resize((start + sum(map(len, parts)), field.shape[1]), refcheck=False)  # in place
+                np.concatenate(parts, out=field[start:])
             block = []
     if 0 in counts:
         note = f"{counts.count(0)} images have no corner (flat, tiny or unreadable): not compared"
         print(note, file=sys.stderr)
-    fields = list(zip(*blocks))
-    blocks.clear()
-    bits, places, tones = (np.concatenate(fields.pop(0)) for _ in range(3))
-    return bits, places, tones, np.repeat(np.arange(len(cells), dtype=np.int32), counts)
+    return *found, np.repeat(np.arange(len(cells), dtype=np.int32), counts)
 
 
 # ---------------------------------------------------------------- candidates
