@@ -96,6 +96,12 @@ def test_groups_are_connected_components():
     assert [groups[0] == groups[2], len(set(groups[[1, 5, 6]])), len(set(groups))] == [True, 1, 4]
 
 
+def test_two_sides_of_a_triangle_say_the_third():
+    places = np.array([(40, 7), (0, 0), (-30, 90)])  # of images 0, 1 and 2 on the slide
+    rows = [(0, 1, *(places[1] - places[0]), 0.2, 0.5), (1, 2, *(places[2] - places[1]), 0.2, 0.5)]
+    assert overlaps.third_sides(rows) == [(0, 2, *(places[2] - places[0]))]
+
+
 KINDS = ("png", 3, 250), ("png", 1, 250), ("jpg", 3, 96), ("png", 3, 48)
 
 
