@@ -3,19 +3,19 @@
     python evaluate.py                              every finished run in runs/, also of an unfinished study
     python evaluate.py --compare paper/table4.csv   also prints the published numbers (or another table4.csv)
 
-Reads runs/train/<model>/<init>/fold<k>/predictions.csv and, where they exist, config.json beside it,
-runs/split.csv and runs/overlaps.csv. Writes runs/results/table4.*, table5_<model>_<init>.*,
-confusion_<model>_<init>.* and comparisons.csv. An invalid file is named on stderr and left out; the exit
-status is then 1.
+Reads predictions.csv and config.json of runs/train/<model>/<init>/fold<k>, runs/split.csv and overlaps.csv;
+writes tables and pictures into runs/results. An invalid file is named on stderr and left out (status 1).
 """
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -37,6 +37,9 @@ CLASSES = {
     "EBO": "Erythroblasts", "HAC": "Hairy cells", "ABE": "Abnormal eosinophils",
     "LYI": "Immature lymphocytes", "FGC": "Faggot cells"}
 SCORES = ("precision", "recall", "f1")
+COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
+COMPARISON = ("family", "model", "init", "against_model", "against_init", "folds", "difference", "low",
+              "high", "p", "p_holm", "smallest_difference")
 COMMON = 100                    # f1_common averages the classes of at least so many images
 LEVEL = 0.05                    # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64       # test images / training images of the paper's split, used without a split.csv
@@ -46,25 +49,27 @@ SETTINGS = ("amp", "batch_size", "data", "epochs", "image_size", "lr", "optimize
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
+# confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
+# confusion of the images that overlap with no training image, or None
 Fold = namedtuple("Fold", "confusion scores train_images no_overlap", defaults=[None])
+# images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems and notes: lists of sentences
 Study = namedtuple("Study", "classes images runs problems notes")
 
 
 # ---------------------------------------------------------------- files
-def in_order(names, known):
-    """The names that `known` holds, in its order, then the others alphabetically."""
-    return [name for name in known if name in names] + sorted(set(names) - set(known))
+def rank(name, known):
+    """Sort key: the names that `known` holds, in its order, then the others alphabetically."""
+    return list(known).index(name) if name in known else len(known), name
 
 
 def class_order(names):
     """Table 5's order if all names are bone marrow classes, else alphabetical."""
-    return in_order(names, CLASSES) if set(names) <= set(CLASSES) else sorted(names)
+    return sorted(names, key=lambda name: rank(name, CLASSES if set(names) <= set(CLASSES) else ()))
 
 
 def run_order(runs):
     """(model, init) in the paper's order, list."""
-    models, inits = (in_order({run[i] for run in runs}, known) for i, known in enumerate((MODELS, INITS)))
-    return sorted(runs, key=lambda run: (models.index(run[0]), inits.index(run[1])))
+    return sorted(runs, key=lambda run: (rank(run[0], MODELS), rank(run[1], INITS)))
 
 
 def write_file(file, content):
@@ -134,21 +139,19 @@ def read_predictions(file):
 
 
 def read_split(file):
-    """Paths, labels (lists), parts (str [N, folds]) of a split.csv; [], [], None without one; ValueError."""
-    if not Path(file).exists():
-        return [], [], None
+    """DataFrame label, fold0, fold1, ... (train, val or test) of a split.csv, by path; ValueError."""
     with error_context(file):
         table = pd.read_csv(file, dtype=str, **CSV)
         folds = [f"fold{k}" for k in range(len(table.columns) - 2)]
         if not folds or list(table) != ["path", "label", *folds] or table.path.duplicated().any():
             raise ValueError("is no table of path,label,fold0,fold1,... with each path once")
-        if not np.isin(table[folds], ("train", "val", "test")).all():
+        if not table[folds].isin(("train", "val", "test")).all(axis=None):
             raise ValueError("has folds other than train, val and test")
-        return table.path.tolist(), table.label.tolist(), table[folds].to_numpy(str)
+        return table.set_index("path")
 
 
-def read_overlaps(file, paths, parts):
-    """bool [N, folds]: test images that share pixels with a training image of their fold; a sentence on them.
+def read_overlaps(file, split):
+    """bool DataFrame [N, folds]: test images that overlap with a training image of their fold; a sentence.
 
     Validation images don't count: they chose the epoch, but no weight was fitted to them. ValueError.
     """
@@ -156,99 +159,94 @@ def read_overlaps(file, paths, parts):
         table = pd.read_csv(file, dtype={"first": str, "second": str}, **CSV)
         if not {"first", "second"} <= set(table):
             raise ValueError("is no table of first,second,...")
-    pairs = np.stack([pd.Index(paths).get_indexer(table[key]) for key in ("first", "second")])
-    known = pairs[:, (pairs >= 0).all(0)]
-    shared = np.zeros(parts.shape, bool)
-    for test, train in (known, known[::-1]):
-        rows, folds = np.nonzero(parts[train] == "train")
-        shared[test[rows], folds] = True
-    shared &= parts == "test"
-    note = (f"{shared.sum():,} of {(parts == 'test').sum():,} test images share pixels with a training image "
-            f"of their fold ({known.shape[1]:,} pairs); f1_no_overlap and accuracy_no_overlap omit them, "
+    pairs, folds = table[["first", "second"]], split.drop(columns="label")
+    known = pairs[pairs.isin(split.index).all(axis=1)].to_numpy()
+    one, other = np.concatenate([known, known[:, ::-1]]).T
+    trained, tested = (folds == "train").loc[other].groupby(one).any(), folds == "test"
+    shared = tested & trained.reindex(folds.index, fill_value=False)
+    note = (f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
+            f"image of their fold ({len(known):,} pairs); f1_no_overlap and accuracy_no_overlap omit them, "
             "but don't measure what the overlap does: these may be harder or easier cells.")
-    if len(table) > known.shape[1]:
-        note += f" {len(table) - known.shape[1]:,} pairs are ignored: their images are not in split.csv."
+    if len(table) > len(known):
+        note += f" {len(table) - len(known):,} pairs are ignored: their images are not in split.csv."
     return shared, note
 
 
 def read_study(runs):
-    """Study of all finished runs, without invalid files; ValueError if split.csv or overlaps.csv is invalid.
+    """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid.
 
-    classes list; images int64 [C] of the split (without one, of the run that tested most);
-    runs {(model, init): {fold: Fold}}; problems and notes, lists of sentences. Fold: confusion int64 [C,C],
-    rows are labels; scores float64 [3,C] by confusion_scores; train_images float, NaN if unknown; no_overlap
-    int64 [C,C], the confusion matrix without the images of read_overlaps, or None.
+    images are the split's; without one, those of the run that tested most. Invalid files are its problems.
     """
-    paths, labels, parts = read_split(Path(runs, "split.csv"))
-    truth, shared, classes, study = pd.Series(labels, paths, dtype=object), None, [], {}
-    problems, notes, settings, left_out, absent = [], [], {}, set(), set()
-    if parts is not None and Path(runs, "overlaps.csv").exists():
-        shared, note = read_overlaps(Path(runs, "overlaps.csv"), paths, parts)
-        notes.append(note)
+    split = shared = None
+    classes, study, configs, problems, notes, absent = [], {}, {}, [], [], set()
+    if Path(runs, "split.csv").exists():
+        split = read_split(Path(runs, "split.csv"))
+        if Path(runs, "overlaps.csv").exists():
+            shared, *notes = read_overlaps(Path(runs, "overlaps.csv"), split)
     for run, folds in find_runs(runs).items():
         for k, file in folds.items():
             try:
-                fold, classes, config = read_fold(file, k, classes, truth, parts, shared)
+                fold, classes, config = read_fold(file, k, classes, split, shared)
             except ValueError as error:
                 problems.append(str(error))
                 continue
             study.setdefault(run, {})[k] = fold
-            left_out |= {path for path, _ in config.get("left_out") or ()}
+            configs.setdefault(run, []).append(config)
             absent |= {(k, c) for c in np.flatnonzero(fold.confusion.sum(1) == 0)}
-            for key in set(SETTINGS) & set(config):
-                settings.setdefault(key, {}).setdefault(run, set()).add(str(config[key])[:12])
-    counts = truth.drop(list(left_out), errors="ignore").value_counts()
-    images = counts.reindex(classes, fill_value=0).to_numpy()
-    if parts is None and study:
+    if split is None:
         tested = [sum(one.confusion.sum(1) for one in folds.values()) for folds in study.values()]
-        images = max(tested, key=sum)
+        images = max(tested, key=sum, default=np.zeros(0, int))
+    else:
+        every = itertools.chain(*configs.values())
+        left_out = [path for config in every for path, _ in config.get("left_out") or ()]
+        counts = split.label.drop(left_out, errors="ignore").value_counts()
+        images = counts.reindex(classes, fill_value=0).to_numpy()
     notes += [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
               for k, c in sorted(absent)]
-    return Study(classes, images, study, problems, notes + setting_notes(settings))
+    return Study(classes, images, study, problems, notes + setting_notes(configs))
 
 
-def read_fold(file, k, classes, truth, parts, shared):
+def read_fold(file, k, classes, split, shared):
     """Fold k of a run, its classes, its config.json; ValueError if they contradict each other or the split.
 
-    classes: of the files before, [] for the first; truth: Series of labels by path; shared: of read_overlaps.
+    classes: of the files before, [] for the first; shared: of read_overlaps, or None.
     """
-    one, config, train_images, no_overlap = read_predictions(file), {}, np.nan, None
+    one, fold, config, train_images, no_overlap = read_predictions(file), f"fold{k}", {}, np.nan, None
+    n, expected = len(one.classes), len(one.paths)
     with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
         config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
-    expected = len(one.paths)
     with error_context(file):
         if classes and one.classes != classes:
-            raise ValueError(f"its {len(one.classes)} classes are not the {len(classes)} of files before it")
-        if parts is not None:
-            if k >= parts.shape[1]:
-                raise ValueError(f"split.csv has no fold{k}")
-            where = truth.index.get_indexer(one.paths)
-            wrong = truth.to_numpy()[where] != np.array(one.classes, object)[one.labels]
-            wrong |= (where < 0) | (parts[where, k] != "test")
+            raise ValueError(f"its {n} classes are not the {len(classes)} of files before it")
+        if split is not None:
+            here = split.reindex(one.paths)
+            wrong = here.label != np.array(one.classes, object)[one.labels]
+            wrong |= here.get(fold) != "test"
             if wrong.any():
-                raise ValueError(f"{wrong.sum()} images are not in the test part of fold{k} with this label, "
-                                 f"e.g. {one.paths[wrong.argmax()]!r}")
-            expected, train_images = ((parts[:, k] == part).sum() for part in ("test", "train"))
+                raise ValueError(f"{wrong.sum()} images are not in the test part of {fold} with this label, "
+                                 f"e.g. {wrong.idxmax()!r}")
+            expected, train_images = ((split[fold] == part).sum() for part in ("test", "train"))
         expected = config.get("test_images", expected)          # fewer than the split's if some can't be read
         if len(one.paths) != expected:
             raise ValueError(f"has {len(one.paths)} rows for {expected} test images")
-    confusion = count_confusion(one.labels, one.predictions, len(one.classes))
+    confusion = count_confusion(one.labels, one.predictions, n)
     if shared is not None:
-        alone = ~shared[where, k]
-        no_overlap = count_confusion(one.labels[alone], one.predictions[alone], len(one.classes))
+        alone = ~shared[fold].loc[one.paths].to_numpy()
+        no_overlap = count_confusion(one.labels[alone], one.predictions[alone], n)
     return Fold(confusion, confusion_scores(confusion), float(train_images), no_overlap), one.classes, config
 
 
-def setting_notes(settings):
-    """Sentences on settings {key: {run: set of its folds' values}} that differ between folds or rows."""
+def setting_notes(configs):
+    """Sentences on settings that differ between folds or rows; configs: {run: config.json of its folds}."""
     notes = []
-    for key, rows in sorted(settings.items()):
-        every = set().union(*rows.values())
-        for run, values in rows.items():
+    for key in SETTINGS:
+        used = {run: {str(one[key])[:12] for one in folds if key in one} for run, folds in configs.items()}
+        for run, values in used.items():
             if len(values) > 1:
                 notes.append(f"{' '.join(paper_names(*run))}: its folds used different {key} "
                              f"({', '.join(sorted(values))}), so they don't repeat one experiment.")
-        if key != "lr" and len(every) > max(map(len, rows.values())):
+        every = set().union(*used.values())
+        if key != "lr" and len(every) > max(map(len, used.values()), default=0):
             notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
     return notes
 
@@ -274,22 +272,14 @@ def per_class_scores(labels, predictions, n_classes):
 
 def moments(values):
     """Mean and sample std (ddof=1) over axis 0 without NaNs; NaN where none or fewer than two remain."""
-    values = np.asarray(values, float)
-    count = (~np.isnan(values)).sum(0)
-    mean = np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
-    std = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
-    return mean[()], np.where(count > 1, std, np.nan)[()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # of NaNs alone
+        return np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
 
 
 def macro_f1(folds):
-    """float64 [F] of {fold: Fold}: mean F1 over the classes that each fold's test set holds."""
-    return np.array([np.nanmean(one.scores[2]) for one in folds.values()])
-
-
-def score_columns(mean, std):
-    """{"precision_mean": mean[0], "precision_std": std[0], ..., "f1_std": std[2]}."""
-    both = {"mean": mean, "std": std}
-    return {f"{score}_{what}": both[what][i] for i, score in enumerate(SCORES) for what in both}
+    """float64 [F] of Folds: mean F1 over the classes that each fold's test set holds."""
+    return np.array([np.nanmean(one.scores[2]) for one in folds])
 
 
 def accuracy(confusions):
@@ -304,13 +294,14 @@ def table4_rows(study):
     """
     rows = []
     for (model, init), folds in study.runs.items():
-        mean, std = moments([one.scores for one in folds.values()])
+        folds = list(folds.values())
+        mean, std = moments([one.scores for one in folds])
         row = {"model": model, "init": init, "folds": len(folds)}
-        row |= score_columns(moments(mean.T)[0], moments(std.T)[0])
-        row["accuracy_mean"], row["accuracy_std"] = accuracy([one.confusion for one in folds.values()])
+        row |= zip(COLUMNS, itertools.chain(*zip(moments(mean.T)[0], moments(std.T)[0])))
+        row["accuracy_mean"], row["accuracy_std"] = accuracy([one.confusion for one in folds])
         row["f1_fold_std"] = moments(macro_f1(folds))[1]
         row["f1_common"] = moments(mean[2, study.images >= COMMON])[0]
-        rest = [one.no_overlap for one in folds.values() if one.no_overlap is not None]
+        rest = [one.no_overlap for one in folds if one.no_overlap is not None]
         if rest:
             row["f1_no_overlap"] = moments(moments([confusion_scores(one)[2] for one in rest])[0])[0]
             row["accuracy_no_overlap"] = accuracy(rest)[0]
@@ -323,19 +314,19 @@ def table5_rows(study, model, init):
 
     recall_low, recall_high: Wilson's interval for the recall of all folds' images together.
     """
-    folds = study.runs[model, init].values()
+    folds = list(study.runs[model, init].values())
     confusion = sum(one.confusion for one in folds)
-    low, high = wilson(np.diag(confusion), confusion.sum(1))
-    columns = {"class": study.classes, "images": study.images}
-    columns |= score_columns(*moments([one.scores for one in folds]))
-    return pd.DataFrame(columns | {"recall_low": low, "recall_high": high}).to_dict("records")
+    table = pd.DataFrame({"class": study.classes, "images": study.images})
+    table[COLUMNS] = np.stack(moments([one.scores for one in folds]), 1).reshape(len(COLUMNS), -1).T
+    table["recall_low"], table["recall_high"] = wilson(np.diag(confusion), confusion.sum(1))
+    return table.to_dict("records")
 
 
 def mean_confusion(folds):
-    """float64 [C,C]: confusion matrices with rows summing to 1, mean over folds with the class (Fig. 4)."""
-    counts = np.array([one.confusion for one in folds.values()], float)
+    """float64 [C,C]: confusion matrices with rows summing to 1, mean over Folds with the class (Fig. 4)."""
+    counts = np.array([one.confusion for one in folds], float)
     images = counts.sum(2, keepdims=True)
-    return moments(np.where(images > 0, counts / np.maximum(images, 1), np.nan))[0]
+    return moments(counts / np.where(images > 0, images, np.nan))[0]
 
 
 def draw_confusion(matrix, images, classes, title):
@@ -379,11 +370,9 @@ def corrected_t_test(differences, ratio):
 
 def holm(p):
     """Holm's step-down adjusted p-values [m]; NaN stays NaN and is not counted."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)[:(~np.isnan(p)).sum()]
-    adjusted = np.full(len(p), np.nan)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
-    return adjusted
+    p = pd.Series(p, dtype=float)
+    steps = p.sort_values() * np.arange(p.count(), p.count() - p.size, -1)
+    return steps.cummax().clip(upper=1).sort_index().to_numpy()
 
 
 def wilson(correct, total):
@@ -399,6 +388,12 @@ def best_run(table4):
     return row["model"], row["init"]
 
 
+def split_ratio(folds):
+    """Test images / training images of Folds; the paper's where these are unknown."""
+    ratio = sum(one.confusion.sum() for one in folds) / sum(one.train_images for one in folds)
+    return PAPER_RATIO if np.isnan(ratio) else ratio
+
+
 def comparison_rows(study, table4):
     """Rows of comparisons.csv: macro F1 of every row against the best, and of every init against ImageNet.
 
@@ -408,54 +403,48 @@ def comparison_rows(study, table4):
     rows = []
     for family in ("best", "imagenet"):
         part = []
-        for run, first in study.runs.items():
+        for run, folds in study.runs.items():
             other = best_run(table4) if family == "best" else (run[0], "imagenet")
-            second = study.runs.get(other, {})
-            common = [k for k in first if k in second]
+            common = [k for k in folds if k in study.runs.get(other, {})]
             if run == other or not common:
                 continue
-            first, second = ({k: folds[k] for k in common} for folds in (first, second))
-            tested = np.mean([one.confusion.sum() for one in (*first.values(), *second.values())])
-            ratio = tested / np.mean([one.train_images for one in first.values()])
-            ratio = PAPER_RATIO if np.isnan(ratio) else ratio
-            difference, low, high, p, error = corrected_t_test(macro_f1(first) - macro_f1(second), ratio)
-            part.append({"family": family, "model": run[0], "init": run[1], "against_model": other[0],
-                         "against_init": other[1], "folds": len(common), "difference": difference, "low": low,
-                         "high": high, "p": p, "p_holm": np.nan, "smallest_difference": error})
+            first, second = ([study.runs[name][k] for k in common] for name in (run, other))
+            test = corrected_t_test(macro_f1(first) - macro_f1(second), split_ratio(first))
+            row = (family, *run, *other, len(common), *test[:4], np.nan, test[4])
+            part.append(dict(zip(COMPARISON, row)))
         adjusted = holm([row["p"] for row in part])
         tests = max(1, (~np.isnan(adjusted)).sum())
-        for row, p in zip(part, adjusted):
+        for row, row["p_holm"] in zip(part, adjusted):
             row["smallest_difference"] *= special.stdtrit(row["folds"] - 1, 1 - LEVEL / 2 / tests)
-            row["p_holm"] = p
         rows += part
     return rows
 
 
 def marks(table4, comparisons):
     """{(model, init): "*" best, "=" not significantly different from it, "" different, "?" not testable}."""
-    signs = {(row["model"], row["init"]): "?" for row in table4}
+    signs = {(row["model"], row["init"]): "?" for row in table4} | {best_run(table4): "*"}
     for row in comparisons:
-        if row["family"] == "best" and not np.isnan(row["p"]):
+        if row["family"] == "best" and row["p"] >= 0:           # not NaN
             signs[row["model"], row["init"]] = "=" if row["p_holm"] >= LEVEL else ""
-    return signs | {best_run(table4): "*"}
+    return signs
 
 
-def statements(study, table4, comparisons):
+def statements(study, comparisons):
     """The sentences that belong below Table 4, list of str."""
-    best, imagenet = ([row for row in comparisons if row["family"] == family and not np.isnan(row["p"])]
-                      for family in ("best", "imagenet"))
     lines = ["± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
              f"the std of macro F1; f1_common is over the classes of at least {COMMON} images."]
-    if best:
-        needed = [row["smallest_difference"] for row in best]
+    tested = pd.DataFrame(comparisons, columns=COMPARISON).dropna(subset="p")
+    best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
+    if len(best):
+        needed = best.smallest_difference
         lines += ["* best F1 of the rows with the most folds; = not significantly different from the best; ? "
                   "not testable (corrected resampled t-test of macro F1 over the folds, Holm over "
                   f"{len(best)} rows, level {LEVEL}).",
-                  f"Smallest significant difference from the best: {min(needed):.3f} to {max(needed):.3f}, "
-                  f"depending on the row's spread (median {np.median(needed):.3f})."]
-    if imagenet:
-        different = [f"{' '.join(paper_names(row['model'], row['init']))} {row['difference']:+.3f}"
-                     for row in imagenet if row["p_holm"] < LEVEL]
+                  f"Smallest significant difference from the best: {needed.min():.3f} to {needed.max():.3f}, "
+                  f"depending on the row's spread (median {needed.median():.3f})."]
+    if len(imagenet):
+        different = [f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
+                     for row in imagenet[imagenet.p_holm < LEVEL].itertuples()]
         lines.append(f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
                      f"{', '.join(different) or 'none'}.")
     if comparisons:
@@ -496,16 +485,17 @@ def text_rows(rows, theirs={}):
     names = MODELS | INITS | {key: f"{name} ({key})" for key, name in CLASSES.items()}
     table = []
     for row in rows:
-        table.append({})
-        paper = theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
+        cells, paper = {}, theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
         for key, value in row.items():
-            std, text = f"{key.removesuffix('mean')}std", printable(names.get(str(value), str(value)))
+            name, std = key.removesuffix("_mean"), f"{key.removesuffix('mean')}std"
+            if key.endswith("std") and f"{key[:-3]}mean" in row:
+                continue
+            cells[name] = printable(names.get(value, str(value)))
             if isinstance(value, float):
-                text = mean_std(value, row.get(std, np.nan))
+                cells[name] = mean_std(value, row.get(std, np.nan))
             if std in paper:
-                text += f"\npaper {mean_std(paper[key], paper[std])}"
-            if not key.endswith("std") or f"{key[:-3]}mean" not in row:
-                table[-1][key.removesuffix("_mean")] = text
+                cells[name] += f"\npaper {mean_std(paper[key], paper[std])}"
+        table.append(cells)
     return table
 
 
@@ -516,30 +506,30 @@ def table_text(rows):
 
 
 def read_table4(file):
-    """{(model, init): {"precision_mean": float, ..., "quoted": is it the paper's row from Matek et al.}}."""
+    """{(model, init): {"precision_mean": float, ..., "f1_std": float}} of a table4.csv; ValueError."""
     with error_context(file):
         table = pd.read_csv(file, dtype=str, **CSV)
-        keys = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
-        if table.empty or not {"model", "init", *keys} <= set(table):
+        if table.empty or not {"model", "init", *COLUMNS} <= set(table):
             raise ValueError("is no table4.csv (model,init,precision_mean,...)")
-        table[keys] = table[keys].replace("", "nan").astype(float)
-        table["quoted"] = (table.model == "resnext50_32x4d") & ("folds" not in table)
-        return {(row["model"], row["init"]): row for row in table.to_dict("records")}
+        table[COLUMNS] = table[COLUMNS].replace("", "nan").astype(float)
+        return table.set_index(["model", "init"]).to_dict("index")
 
 
 def compare_text(table4, theirs):
     """Our means, theirs (of read_table4) and the differences, as aligned text; none from a quoted row."""
     ours, rows = {(row["model"], row["init"]): row for row in table4}, []
     for run in run_order({*ours, *theirs}):
+        a, b = ours.get(run, {}), theirs.get(run, {})
+        quoted = run[0] == "resnext50_32x4d" and b and "folds" not in b     # folds: of our own table4.csv
         rows.append(paper_names(*run))
-        for score in SCORES:
-            a, b = (table.get(run, {}).get(f"{score}_mean", np.nan) for table in (ours, theirs))
-            difference = "" if np.isnan(a - b) else f"{a - b:+.3f}"
-            quoted = theirs.get(run, {}).get("quoted")
-            rows[-1] += [mean_std(a), mean_std(b), "quoted" if quoted else difference]
+        for key in COLUMNS[::2]:
+            mean, other = a.get(key, np.nan), b.get(key, np.nan)
+            difference = "" if np.isnan(mean - other) else f"{mean - other:+.3f}"
+            rows[-1] += [mean_std(mean), mean_std(other), "quoted" if quoted else difference]
     header = [cell for score in SCORES for cell in (score, "theirs", "diff.")]
+    text = aligned(["model", "init", *header], rows)
     note = "\nquoted: from Matek et al. (2021), who trained and averaged differently; no difference.\n"
-    return aligned(["model", "init", *header], rows) + note * any(row["quoted"] for row in theirs.values())
+    return text + note * ("quoted" in text)
 
 
 def write_tables(study, results):
@@ -548,20 +538,20 @@ def write_tables(study, results):
     comparisons = comparison_rows(study, table4)
     signs = marks(table4, comparisons)
     text = table_text([row | {"best": signs[row["model"], row["init"]]} for row in table4])
-    text += "".join(f"\n- {line}" for line in statements(study, table4, comparisons)) + "\n"
+    text += "".join(f"\n- {line}" for line in statements(study, comparisons)) + "\n"
     write_csv(results / "table4.csv", table4)
     write_file(results / "table4.md", text)
     if comparisons:
         write_csv(results / "comparisons.csv", comparisons)
     for run, folds in study.runs.items():
-        name, table5, matrix = "_".join(run), table5_rows(study, *run), mean_confusion(folds)
+        name, table5, matrix = "_".join(run), table5_rows(study, *run), mean_confusion(folds.values())
         write_csv(results / f"table5_{name}.csv", table5)
         write_file(results / f"table5_{name}.md", table_text(table5))
         rows = [[label, *row] for label, row in zip(study.classes, matrix)]
         write_csv(results / f"confusion_{name}.csv", [["class", *study.classes], *rows])
         title = f"{', '.join(paper_names(*run))} (mean of {len(folds)} fold{'s' * (len(folds) > 1)})"
-        png = draw_confusion(matrix, study.images, study.classes, title)
-        write_file(results / f"confusion_{name}.png", png)
+        picture = draw_confusion(matrix, study.images, study.classes, title)
+        write_file(results / f"confusion_{name}.png", picture)
     return table4, text
 
 

@@ -142,8 +142,8 @@ def trained_on(checkpoints, nets, cells, digests):
         try:
             place = pathlib.Path(checkpoint).resolve()
             root = pathlib.Path(datasets.read_json(place.with_name("config.json"))["root"])
-            paths, _, parts = evaluate.read_split(place.parents[4] / "split.csv")
-            used = np.array(paths)[parts[:, info["fold"]] != "test"].tolist()
+            split = evaluate.read_split(place.parents[4] / "split.csv")
+            used = split.index[split[f"fold{info['fold']}"] != "test"]
         except (OSError, LookupError, ValueError, SystemExit) as error:  # a best.pt that was moved
             print(f"{checkpoint}: what it was trained on is not known ({error}); it would be scored")
             continue

@@ -341,10 +341,8 @@ def failures(runs):
 def add_intervals(study, table4):
     """Add f1_low, f1_high to Table 4: macro F1's 95% interval by the corrected t-test; NaN for one fold."""
     for row in table4:
-        folds = study.runs[row["model"], row["init"]]
-        ratio = np.mean([fold.confusion.sum() / fold.train_images for fold in folds.values()])
-        ratio = evaluate.PAPER_RATIO if np.isnan(ratio) else ratio
-        ends = evaluate.corrected_t_test(evaluate.macro_f1(folds), ratio)[1:3]
+        folds = list(study.runs[row["model"], row["init"]].values())
+        ends = evaluate.corrected_t_test(evaluate.macro_f1(folds), evaluate.split_ratio(folds))[1:3]
         row["f1_low"], row["f1_high"] = np.clip(ends, 0, 1)
 
 
@@ -361,11 +359,11 @@ def of_scores(study, run, table4, pairs):
     mean, std = evaluate.moments([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
     for i, name in enumerate(("tolerant_precision", "tolerant_recall")):
         table5[f"{name}_mean"], table5[f"{name}_std"] = mean[i], std[i]
-    comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds)
+    comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds.values())
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4),
             "axis": (np.floor(f1.min()) / 10, np.ceil(f1.max()) / 10), "paper4": paper4, "paper5": paper5,
-            "statements": evaluate.statements(study, table4, comparisons),
+            "statements": evaluate.statements(study, comparisons),
             "table5": table5.to_dict("records"),
             "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
@@ -400,26 +398,26 @@ def of_training(folder, folds, results):
 
 def of_overlaps(runs, fingerprint):
     """Overlaps, duplicates, twins {(path, fold) tested with a duplicate in training}, contradicted labels."""
-    paths, labels, parts = evaluate.read_split(runs / "split.csv")
-    where = {path: i for i, path in enumerate(paths)}
+    split = evaluate.read_split(runs / "split.csv") if (runs / "split.csv").exists() else pd.DataFrame()
+    folds = split.columns.drop("label", errors="ignore")
     scans = [read(file) or {} for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
     pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.permutations(group, 2)]
     file, note, contradicted, twins = runs / "overlaps.csv", None, {}, set()
-    if file.exists() and paths:
-        note = evaluate.read_overlaps(file, paths, parts)[1]
+    if file.exists() and len(split):
+        note = evaluate.read_overlaps(file, split)[1]
         table = pd.read_csv(file, dtype={"first": str, "second": str}, **evaluate.CSV)
         same = np.hypot(table.dx, table.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
         for first, second in table.loc[same, ["first", "second"]].to_numpy():
             pairs += [(first, second, "same cell"), (second, first, "same cell")]
     for one, other, kind in pairs:
-        if one in where and other in where:
-            i, j = where[one], where[other]
-            if labels[i] != labels[j]:
-                contradicted[one] = labels[j], f"{kind} as {other}"
+        if one in split.index and other in split.index:
+            if split.label[one] != split.label[other]:
+                contradicted[one] = split.label[other], f"{kind} as {other}"
             if kind == "exact duplicate":
-                twins.update((one, k) for k in np.flatnonzero((parts[i] == "test") & (parts[j] == "train")))
+                tested = (split.loc[one, folds] == "test") & (split.loc[other, folds] == "train")
+                twins.update((one, fold) for fold in folds[tested])
     return {"overlaps": note, "duplicates": duplicates, "contradicted": contradicted, "twins": twins}
 
 

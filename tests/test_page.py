@@ -391,7 +391,7 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
     found = report.of_overlaps(tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
-    assert found["overlaps"].startswith("3 of 7 test images") and found["twins"] == {("A/e", 0), ("B/f", 1), ("A/g", 1)}
+    assert found["overlaps"].startswith("3 of 7 test images") and found["twins"] == {("A/e", "fold0"), ("B/f", "fold1"), ("A/g", "fold1")}
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
     assert {path: label for path, (label, _) in found["contradicted"].items()} == {
