@@ -46,10 +46,11 @@ MOMENTUM = 0.9  # SGD without weight decay
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05
 RANGE_SKIP_START, RANGE_SKIP_END, DEFAULT_LR = 10, 5, 0.01
+TRIAL_RATES, TRIAL_STEPS, TRIAL_IMAGES = 7, (20, 300), 2000  # half decades; fewest and most steps; validation
 
 EVAL_BATCH_SIZE = 64
 BUSY = 75  # exit status EX_TEMPFAIL
-WEIGHTS, DROPOUT = 3, 4  # begin the keys of random streams, as datasets.ORDER and AUGMENTATION do
+WEIGHTS, DROPOUT, TRIAL = 3, 4, 5  # begin the keys of random streams, as datasets.ORDER and AUGMENTATION do
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find an engine",
@@ -161,7 +162,8 @@ def sum_of_ranks(tensor, buffers=()):
 
 
 # ---------------------------------------------------------------- optimizers and schedules
-OPTIMIZERS, SCHEDULES = ("sgd", "adamw"), ("plateau", "cosine")
+OPTIMIZERS = {"sgd": 1e-4, "adamw": 1e-5}  # name: the lowest of the rates that --lr auto tries
+SCHEDULES = ("plateau", "cosine")
 
 
 def make_optimizer(name, net, lr):
@@ -209,14 +211,17 @@ def timed(batches, steps, batch_size):
             start = time.perf_counter()
         if number == 50:
             speed = 40 * batch_size / (time.perf_counter() - start)
-            hours = steps * batch_size / speed / 3600
-            print(f"{speed:.0f} images/s, about {hours:.1f} h left without validation", flush=True)
+            left = datetime.timedelta(seconds=round(steps * batch_size / speed))
+            print(f"{speed:.0f} images/s, about {left} left without validation", flush=True)
 
 
 @torch.inference_mode()
-def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", amp="off"):
-    """Logits, float32 [N, C] on the CPU, of N images (Cells), resized and normalised; net in eval mode."""
-    device, (rank, number) = torch.device(device), ranks()
+def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", amp="off", alone=False):
+    """Logits, float32 [N, C] on the CPU, of N images (Cells), resized and normalised; net in eval mode.
+
+    The ranks of torchrun share the images, unless this one is alone.
+    """
+    device, (rank, number) = torch.device(device), (0, 1) if alone else ranks()
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     starts = range(0, len(data), EVAL_BATCH_SIZE)[rank::number]
     rows = [range(i, min(i + EVAL_BATCH_SIZE, len(data))) for i in starts]
@@ -227,7 +232,7 @@ def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", am
         with torch.autocast(device.type, AMP_DTYPES[amp], amp != "off"):
             out = net(datasets.normalise(images.to(device, non_blocking=True), mean, std))
         logits[row.start:row.stop] = out.float()
-    return sum_of_ranks(logits).cpu()
+    return logits.cpu() if alone else sum_of_ranks(logits).cpu()
 
 
 def wrap(net, device, compile):
@@ -307,9 +312,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
                         "val_accuracy": accuracy, "state_dict": state["net"]}
             if rank == 0:
                 writing = writer.submit(save_epoch, folder, state | {"history": history[:], "best": best})
+            left = datetime.timedelta(seconds=round((epochs - epoch) * seconds))
             print(f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
-                  f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, "
-                  f"{(epochs - epoch) * seconds / 3600:.1f} h left", flush=True)
+                  f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left", flush=True)
         if writing:
             writing.result()
     if rank == 0:
@@ -432,8 +437,34 @@ def choose_lr(rates, losses):
     return None
 
 
-def find_lr(folder, make_net, train, **options):
-    """The initial learning rate of a model and init, by one range test for all folds (measured.json)."""
+def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, amp, memory_format, optimizer, **images):
+    """Train net on train for some steps at a constant rate; its loss on val, the mean of half way and the end."""
+    device, layout = images["device"], LAYOUTS[memory_format]
+    net.to(device, memory_format=layout)
+    mean, std = (torch.tensor(images[key], dtype=torch.float32, device=device) for key in ("mean", "std"))
+    optimizer = make_optimizer(optimizer, net, lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
+    order.batches = steps // 2
+    batches = datasets.Batches(train, images["image_size"], seed, 0, crop)
+    batches = datasets.loader(batches, order, images["workers"], device.type == "cuda")
+    losses, targets = [], torch.from_numpy(val.targets)
+    for order.epoch in (1, 2):
+        half = iter(batches)
+        seed_all(DROPOUT, seed, 0, order.epoch, 0)
+        half = tqdm(half, f"trying the rate {lr:g}", len(batches), False, disable=None)
+        train_epoch(net, half, optimizer, scaler, mean, std, device, amp, layout)
+        losses.append(cross_entropy(predict(net, val, amp=amp, alone=True, **images), targets).item())
+    return sum(losses) / len(losses)
+
+
+def find_lr(folder, make_net, train, val, *, epochs, **options):
+    """The initial learning rate of a model and init, once for all folds, from fold 0 (measured.json).
+
+    The range test says where the loss explodes; of the half decades below, each tried on a new network, that
+    of the lowest validation loss is taken. Range test and trial take at most half of a fold's steps: where
+    that leaves too few to try, the range test alone decides.
+    """
     file = folder / "measured.json"
     with datasets.file_lock(folder / "measured.lock"):
         found = datasets.read_json(file) if file.exists() else {}
@@ -441,18 +472,28 @@ def find_lr(folder, make_net, train, **options):
             if found.setdefault(key, options[key]) != options[key]:
                 raise SystemExit(f"{file}: measured with {key} {found[key]}, not {options[key]}; give this "
                                  "row a --name of its own, or name another folder with --runs")
-        if "lr" not in found:
-            rates, losses = range_test(make_net(0), train, **options)
-            if options["device"].type == "cuda":
-                torch.cuda.empty_cache()
-            with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
-                csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
-            found["lr"] = choose_lr(rates, losses)
-            if found["lr"] is None:
-                found["lr"] = DEFAULT_LR
-                print(f"{folder}: the loss never descends in the range test: default rate", file=sys.stderr)
-            with datasets.open_atomic(file, "w") as handle:
-                json.dump(found, handle)
+        if "lr" in found:
+            return found["lr"]
+        rates, losses = range_test(make_net(0), train, **options)
+        with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
+            csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
+        steps = epochs * math.ceil(len(train) / options["batch_size"]) // 2 - RANGE_STEPS
+        steps = min(steps // TRIAL_RATES, TRIAL_STEPS[1])
+        some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))[:TRIAL_IMAGES]
+        tried = OPTIMIZERS[options["optimizer"]] * np.geomspace(1, 1000, TRIAL_RATES)
+        found["candidates"] = []
+        for lr in [float(f"{lr:.1g}") for lr in tried if steps >= TRIAL_STEPS[0] and lr < rates[-1]]:
+            loss = try_lr(make_net(0), train, val.subset(np.sort(some)), lr, steps=steps, **options)
+            print(f"{folder}: validation loss {loss:.4f} after {steps} steps at rate {lr:g}", flush=True)
+            if math.isfinite(loss):
+                found["candidates"].append([lr, loss])
+        torch.cuda.empty_cache()  # other jobs of this GPU may need it
+        found["lr"] = min(found["candidates"], key=lambda row: row[1], default=[choose_lr(rates, losses)])[0]
+        if found["lr"] is None:
+            found["lr"] = DEFAULT_LR
+            print(f"{folder}: the loss never descends in the range test: default rate", file=sys.stderr)
+        with datasets.open_atomic(file, "w") as handle:
+            json.dump(found, handle)
     return found["lr"]
 
 
@@ -551,9 +592,9 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
             memory_format = "contiguous" if grouped and device.type == "cuda" else "channels_last"
         if lr == "auto":
             search = common | {"memory_format": memory_format, "crop": crop}
-            search |= {key: options[key] for key in ("batch_size", "seed", "optimizer")}
-            learn = cells.subset(parts[:, 0] == "train")  # fold 0's, whichever fold this is: one rate for all
-            lr = from_rank_0(lambda: find_lr(shared, make_net, learn, **search))
+            search |= {key: options[key] for key in ("batch_size", "seed", "optimizer", "epochs")}
+            first = [cells.subset(parts[:, 0] == part) for part in ("train", "val")]  # fold 0's, for all folds
+            lr = from_rank_0(lambda: find_lr(shared, make_net, *first, **search))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
         settings |= {"weights": digest, "lr": lr, "amp": amp, "memory_format": memory_format}
@@ -615,7 +656,7 @@ def add_options(parser):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", default="imagenet", help="ImageNet weights by torchvision's name")
     parser.add_argument("--stop-lr", type=float, default=0.0, help="stop below this share of the first rate")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--workers", default="auto", help="data loading processes (of each rank)")

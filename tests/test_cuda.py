@@ -1,6 +1,7 @@
 """A self-test of one's own GPU: python -m pytest -m cuda. Each fact is what a night of training relies on."""
 import copy
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -137,13 +138,14 @@ def test_out_of_memory_is_one_line():
     assert "out of memory" in line and "--batch-size" in line and "\n" not in line
 
 
-def test_the_range_test_leaves_no_memory_behind(cells, tmp_path):
+def test_range_test_and_trial_leave_no_memory_behind(cells, tmp_path):
     """Neither allocated nor reserved, so that other jobs of the GPU have it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     options = SETTINGS | {"batch_size": 8, "seed": 0, "crop": True, "workers": 0, "amp": "bf16"}
-    train.find_lr(tmp_path, lambda seed: models.build_model("resnet18", 2, image_size=64), cells,
-                  memory_format="channels_last", optimizer="sgd", **options)
+    train.find_lr(tmp_path, lambda seed: models.build_model("resnet18", 2, image_size=64), cells, cells,
+                  memory_format="channels_last", optimizer="sgd", epochs=500, **options)
+    assert json.loads((tmp_path / "measured.json").read_text())["candidates"]
     after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     assert after[0] <= before[0] + 2**25 and after[1] <= before[1] + 2**26  # cuBLAS keeps a workspace
 

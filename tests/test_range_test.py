@@ -398,17 +398,62 @@ def test_a_loss_that_never_descends_gives_the_default_rate_and_a_warning(tmp_pat
     assert "never descends" not in capsys.readouterr().err  # a given rate needs no warning
 
 
+# ---------------------------------------------------------------- the trial
+def test_a_trial_is_sgd_at_a_constant_rate_by_hand(cells):
+    """Half of the steps, a look at the validation images, the other half, and again: a regression by hand in NumPy."""
+    seen, val = [], cells.subset(np.arange(10, 23))
+    options = SETTINGS | {"memory_format": "channels_last", "optimizer": "sgd"}
+    loss = train.try_lr(regression(seen), cells, val, 1e-3, steps=12, **options)
+    (weight, bias), moves, means = (p.detach().double().numpy().copy() for p in regression([]).parameters()), [0, 0], []
+    assert [len(batch) for batch, _ in seen] == [*[8] * 6, 13, *[8] * 6, 13]
+    for number, (batch, _) in enumerate(seen):
+        x, y = batch.double().numpy().reshape(len(batch), -1), labels(batch)
+        y = y if len(batch) == 8 else val.targets.astype(int)
+        logits = x @ weight.T + bias
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        if len(batch) == 13:
+            means.append(-np.log(p[np.arange(13), y]).mean())
+            continue
+        slope = (p - np.eye(2)[y]) / 8
+        moves = [0.9 * moves[0] + slope.T @ x, 0.9 * moves[1] + slope.sum(0)]
+        weight, bias = weight - 1e-3 * moves[0], bias - 1e-3 * moves[1]
+    assert len(means) == 2 and means[0] != means[1]
+    assert loss == pytest.approx(np.mean(means), rel=1e-4)
+
+
+def test_the_rate_of_the_lowest_validation_loss_is_taken(cells, tmp_path):
+    """Half decades from 1e-4 on, each from the same first weights, trained and validated on what is given; kept with their losses."""
+    part = {"optimizer": "sgd", **SETTINGS}
+    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, cells.subset(np.arange(15, 23)), epochs=200, **part)
+    found = json.loads((tmp_path / "measured.json").read_text())
+    tried, losses = zip(*found["candidates"])
+    assert tried == pytest.approx((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
+    assert found["lr"] == rate == tried[np.argmin(losses)]
+    again = train.try_lr(regression([]), cells, cells.subset(np.arange(15, 23)), rate, steps=28, **part)
+    assert again == min(losses)  # (200 epochs x 3 steps / 2 - 100) / 7 rates
+
+
+@pytest.mark.parametrize("optimizer, epochs, rates", [("sgd", 100, 0), ("adamw", 200, 7)])
+def test_half_of_the_steps_at_most(cells, tmp_path, optimizer, epochs, rates):
+    """300 steps leave 50 after the range test, seven for each rate: too few; AdamW's rates are a tenth of SGD's."""
+    train.find_lr(tmp_path, lambda seed: regression([]), cells, cells, epochs=epochs, optimizer=optimizer, **SETTINGS)
+    found = json.loads((tmp_path / "measured.json").read_text())
+    assert len(found["candidates"]) == rates and (not rates or found["candidates"][0][0] == 1e-5)
+
+
+# ---------------------------------------------------------------- kept
 def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json, and keeps what else stands in it; a damaged one is named."""
-    (tmp_path / "measured.json").write_text('{"candidates": [1]}')
-    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, optimizer="sgd", **SETTINGS)
+    (tmp_path / "measured.json").write_text('{"more": [1]}')
+    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
     assert json.loads((tmp_path / "measured.json").read_text()) == {
-        "candidates": [1], "lr": rate, "optimizer": "sgd", "batch_size": 8, "image_size": 8}
+        "more": [1], "candidates": [], "lr": rate, "optimizer": "sgd", "batch_size": 8, "image_size": 8}
     (tmp_path / "lr_range.csv").unlink()
-    assert train.find_lr(tmp_path, None, cells, optimizer="sgd", **SETTINGS) == rate and not (tmp_path / "lr_range.csv").exists()
+    assert train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS) == rate and not (tmp_path / "lr_range.csv").exists()
     (tmp_path / "measured.json").write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
-        train.find_lr(tmp_path, None, cells, optimizer="sgd", **SETTINGS)
+        train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
 
 
 @pytest.mark.parametrize("key, value", [("optimizer", "adamw"), ("image_size", 16), ("batch_size", 4)])
@@ -416,4 +461,4 @@ def test_a_rate_of_other_settings_is_not_taken(cells, tmp_path, key, value):
     """A rate of SGD is a hundred times too high for AdamW: the row needs a folder of its own."""
     (tmp_path / "measured.json").write_text('{"lr": 0.1, "optimizer": "sgd", "image_size": 8, "batch_size": 8}')
     with pytest.raises(SystemExit, match=f"measured with {key}.*not {value}.*--name"):
-        train.find_lr(tmp_path, None, cells, **({"optimizer": "sgd"} | SETTINGS | {key: value}))
+        train.find_lr(tmp_path, None, cells, cells, epochs=1, **({"optimizer": "sgd"} | SETTINGS | {key: value}))
