@@ -14,7 +14,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -23,7 +22,6 @@ import re
 import shutil
 import signal
 import sys
-import unicodedata
 import warnings
 
 import cv2
@@ -35,27 +33,27 @@ from tqdm import tqdm
 IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .jp2 .j2k .ppm .pgm .pbm".split())
 OTHER_TYPES = tuple(".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .exr .dng .cr2 .svs .ndpi "
                     ".mrxs .scn .czi .lif .nd2 .vsi .dcm .npy .mat".split())  # pictures that are not read
-PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 SYSTEM = "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found thumbs thumbnails".split()
 OUTPUT = ["split.csv", "overlaps.csv", "predictions.csv", "data/*.json", "train/*/*/fold*", "pretrain/*/*/*"]
 # in the order of Table 5; classes of other data sets are in alphabetical order
 BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
-# Tables 1 and 2: images, classes, channel mean, channel std
-PAPER = {"bm": ("171,374", 21, (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)),
-         "cd": ("48,587", 11, (0.7255, 0.7826, 0.8270), (0.2705, 0.2380, 0.1834)),
-         "pcam": ("262,144 for training", 2, (0.7008, 0.5384, 0.6916), (0.2350, 0.2774, 0.2129))}
+# Tables 1 and 2: images, classes, (counts and sizes are not printed,) channel mean ± std of red, green, blue
+PAPER = {"bm": ("171,374", 21, "", "", "0.5630 ± 0.2421", "0.4959 ± 0.2835", "0.7353 ± 0.1767"),
+         "cd": ("48,587", 11, "", "", "0.7255 ± 0.2705", "0.7826 ± 0.2380", "0.8270 ± 0.1834"),
+         "pcam": ("262,144 for training", 2, "", "", "0.7008 ± 0.2350", "0.5384 ± 0.2774", "0.6916 ± 0.2129")}
 SOURCES = {"bm": "doi.org/10.7937/TCIA.AXH3-T579", "cd": "github.com/kuku-sichuan/ComparisonDetector",
            "pcam": "github.com/basveeling/pcam"}
-PARTS = set("train training test testing val valid validation image images mask masks annotations".split())
+PARTS = re.compile("train|test|val|image|mask|annotation", re.IGNORECASE)  # begin names that are no classes
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
+COCO = {"images", "annotations", "categories"}  # keys of its JSON files
 ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams, since numpy pads short keys with zeros
 UNREADABLE = ("not an image that can be decoded", "an empty file", "No such file")  # read_image's words
 SHOWN = 50  # unreadable files, and groups of duplicates, that are printed (PatchCamelyon has thousands)
 
 
 # ---------------------------------------------------------------- images
-def read_image(file, turn=True):
+def read_image(file):
     """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it cannot be read.
 
     Transparent pixels become black; of several pages the first is read. 16 bits are scaled by the file's
@@ -63,30 +61,29 @@ def read_image(file, turn=True):
     """
     try:
         with open(file, "rb", buffering=0) as handle:  # half the time of np.fromfile
-            return decode(np.frombuffer(handle.read(), np.uint8), turn)[0]
+            return decode(np.frombuffer(handle.read(), np.uint8))[0]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def decode(data, turn=True):
+def decode(data):
     """read_image of a file's bytes, uint8 [N]: (image, [what about it the user should know])."""
     if not data.size:
         raise ValueError("an empty file")
-    image, notes, flags = None, [], 0 if turn else cv2.IMREAD_IGNORE_ORIENTATION
-    jpeg = data[:2].tobytes() == b"\xff\xd8"
+    image, notes, jpeg = None, [], data[:2].tobytes() == b"\xff\xd8"
     with contextlib.suppress(OSError, cv2.error):
         picture = None if jpeg else Image.open(io.BytesIO(data))  # which looks at the header alone
         if getattr(picture, "n_frames", 1) > 1:
             notes.append("hold several pages, of which the first is read")
         if picture and ("transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La")):
             notes.append("have an alpha channel: what is transparent is black")
-            picture = ImageOps.exif_transpose(picture) if turn else picture
-            colours, alpha = np.split(np.asarray(picture.convert("RGBA")), [3], axis=2)
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            colours, alpha = np.split(np.asarray(picture), [3], axis=2)
             image = np.uint8(np.rint(colours * (alpha / 255)))
         elif jpeg:
-            image = cv2.imdecode(data, flags | cv2.IMREAD_COLOR_RGB)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
         else:  # OpenCV swaps the colours of RGB in 16 bits
-            image = cv2.imdecode(data, flags | cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
             image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     if image is not None and image.dtype == np.uint16:
         depth = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 2**bits)
@@ -99,7 +96,8 @@ def decode(data, turn=True):
 
 def resize(image, size, width=None):
     """Bilinear resize of uint8 [H,W,3] to [size,width or size,3], antialiased, aspect ratio not kept."""
-    planes = torch.from_numpy(np.ascontiguousarray(image)[None]).permute(0, 3, 1, 2)  # channels_last is fast
+    planes = torch.from_numpy(np.ascontiguousarray(image))  # [None] by torch: of numpy's, channels_last and
+    planes = planes[None].permute(0, 3, 1, 2)  # its speed are not recognised, since that has a stride of 0
     out = torch.nn.functional.interpolate(planes, (size, width or size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(out.permute(0, 2, 3, 1)[0].numpy())
 
@@ -128,13 +126,12 @@ def warp(image, size, box, angle, flip_x=False, flip_y=False):
         h, w = min(h, size), min(w, size)
         image = resize(image, h, w)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    fx, fy = (-1 if flip_x else 1), (-1 if flip_y else 1)
-    linear = np.array([[cos * fx * w, -sin * fy * w], [sin * fx * h, cos * fy * h]]) / size
-    shift = np.array([(w - 1) / 2, (h - 1) / 2]) - linear.sum(1) * (size - 1) / 2
+    fx, fy, middle = (-1 if flip_x else 1), (-1 if flip_y else 1), (size - 1) / 2
+    a, b, c, d = cos * fx * w / size, -sin * fy * w / size, sin * fx * h / size, cos * fy * h / size
+    matrix = np.array([[a, b, (w - 1) / 2 - (a + b) * middle], [c, d, (h - 1) / 2 - (c + d) * middle]])
     image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
-    warped = cv2.warpAffine(image, np.column_stack([linear, shift]), (size, size),
-                            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
+    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
 
 def augment(image, size, rng, crop=True):
@@ -195,10 +192,11 @@ def open_dataset(path):
         raise SystemExit(f"{path or repr(path)}: {what}; {source} (synthetic cells: bash run_all.sh --demo)")
     name = folder.resolve().name
     try:
-        folder = descend(folder, (*IMAGE_TYPES, *PACKED, ".json", ".h5"))[0]
+        folder = descend(folder, (*IMAGE_TYPES, ".json", ".h5"))[0]
         if any(folder.glob("camelyonpatch_level_2_split_*")):
             return open_pcam(folder, name)
-        coco = {file: content for file in sorted(folder.glob("[!.]*.json")) if (content := read_coco(file))}
+        coco = {file: read_json(file) for file in sorted(folder.glob("[!.]*.json"))}
+        coco = {file: some for file, some in coco.items() if isinstance(some, dict) and COCO <= some.keys()}
         return open_coco(folder, name, coco) if coco else open_classes(folder, name)
     except OSError as error:
         why = f"{error.filename or folder}: {error.strerror or error}"
@@ -246,11 +244,11 @@ def open_classes(folder, name, notes=()):
     images = {label: paths for label, (paths, _) in found.items() if paths}
     classes = sorted(images, key=BM_CLASSES.index) if {*images} <= {*BM_CLASSES} else list(images)
     if len(classes) < 2:
-        packed = descend(root, PACKED)[2]
-        advice = f"unpack {packed[0]}" if packed else "one folder a class, of jpg, png, ..."
         what = f"{len(classes)} class folder(s) with images and {len(stray)} images outside any (in {root})"
-        raise SystemExit(f"{folder}: {what}; at least 2 are needed: {advice}")
-    refuse_parts(root, images)
+        raise SystemExit(f"{folder}: {what}; at least 2 are needed: unpacked, one folder a class")
+    if all(map(PARTS.match, classes)):
+        why = f"{', '.join(classes[:3])} look like parts of a data set, not classes; name one with --data"
+        raise SystemExit(f"{root}: {why}, or put a COCO set's JSON files beside its image folders")
     notes = [*notes, *(f"class folder {x} holds no image: left out" for x in below if x not in images)]
     notes += [f"{root / made} is output of these scripts: left out" for made in list_folder(root)[2]]
     if stray:
@@ -259,46 +257,13 @@ def open_classes(folder, name, notes=()):
         types = ", ".join(f"{number} {ending}" for ending, number in unread.most_common())
         notes.append(f"{unread.total()} pictures of types that are not read: left out ({types})")
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
-    alike = collections.defaultdict(list)
-    for path in classes + paths:  # NFC: umlauts may be one character or, as on a Mac, two
-        key = unicodedata.normalize("NFC", path)
-        alike[key if "/" in path else "".join(key.casefold().split())].append(path)
-    notes += [f"names that are almost the same: {', '.join(map(ascii, s))}" for s in alike.values() if s[1:]]
     counts = [len(images[label]) for label in classes]
     return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), counts), notes)
 
 
-def refuse_parts(root, images):
-    """SystemExit if folders {name: paths of images} are parts of a data set, not classes.
-
-    Their names say so, or all hold the same folders that are no number ranges (TCIA's 0001-1000), parts or,
-    where some hold fewer, patients (names with digits).
-    """
-    words = {name: {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name) if w[1:]} for name in images}
-    parts = [name for name, some in words.items() if some & PARTS and some <= PARTS | {"simple", "set"}]
-    below = [{path.split("/")[0] for path in paths if "/" in path} for paths in images.values()]
-    most = max(below, key=len)
-    number = r"\d+-\d+" if all(some == most for some in below) else r".*\d.*"
-    fine = any(re.fullmatch(number, name) for name in most) or {name.lower() for name in most} <= PARTS
-    if len(parts) > 1 or all(len(some) > 1 and some <= most for some in below) and not fine:
-        why = " and ".join(list(images)[:3]) + " look like parts of a data set, not classes"
-        raise SystemExit(f"{root}: {why}; name one with --data, or put a COCO set's JSON files beside its "
-                         "image folders. If they are classes, put their images right into their folders")
-
-
-def read_coco(file):
-    """The content of a COCO detection JSON, or None for any other JSON file."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise SystemExit(f"{file}: not valid JSON ({error}); fetch it again or remove it") from None
-    is_coco = isinstance(content, dict) and {"images", "annotations", "categories"} <= {*content}
-    return content if is_coco else None
-
-
 def open_coco(folder, name, coco):
     """A COCO set, {JSON file: content}: boxes are cropped once, to .crops/<class>/<image>_<box id>.png."""
-    crops, part, files = folder / ".crops", folder / ".crops.part", ", ".join(map(str, coco))
+    crops, part = folder / ".crops", folder / ".crops.part"
     digest = hashlib.sha256(json.dumps(list(coco.values()), sort_keys=True).encode()).hexdigest()
     if not crops.exists():  # before the lock, which a read-only folder has no place for
         with file_lock(folder / ".crops.lock"):
@@ -306,11 +271,12 @@ def open_coco(folder, name, coco):
                 shutil.rmtree(part, ignore_errors=True)  # what a killed cropping left
                 try:
                     notes = crop_boxes(folder, coco, part)
-                except (KeyError, TypeError, AttributeError) as error:
+                except (KeyError, TypeError, ValueError) as error:
+                    files = ", ".join(map(str, coco))
                     raise SystemExit(f"{files}: no COCO detection set ({error!r}); fetch it again") from None
                 if not part.exists():
-                    raise SystemExit(f"{files}: no box can be cropped ({'; '.join(notes) or 'there is none'})"
-                                     "; the image folders belong beside the JSON files")
+                    why = f"no box can be cropped ({'; '.join(notes)})"
+                    raise SystemExit(f"{folder}: {why}; the image folders belong beside the JSON files")
                 (part / ".done.json").write_text(json.dumps({"digest": digest, "notes": notes}))
                 os.rename(part, crops)
     done = read_json(crops / ".done.json")
@@ -323,30 +289,29 @@ def open_coco(folder, name, coco):
 
 def crop_boxes(folder, coco, part):
     """Crop the boxes of a COCO set to class folders below part, as PNG; returns notes on those left out."""
-    dropped, taken, owner = collections.Counter(), set(), {}
+    dropped, taken = collections.Counter(), set()
     for file, content in coco.items():
-        labels = {c["id"]: clean(c["name"]) for c in content["categories"]}
+        labels = {category["id"]: clean(category["name"]) for category in content["categories"]}
         boxes = collections.defaultdict(list)
         for box in content["annotations"]:
             boxes[box["image_id"]].append(box)
-        for image in tqdm(content["images"], desc=f"{file}: cropping cells", unit="image", disable=None):
-            name, parents = image["file_name"].replace("\\", "/"), (folder, folder / file.stem)
-            places = [place / name for parent in parents for place in (parent, parent / "images")]
-            place = next(filter(pathlib.Path.is_file, places), places[0])
+        for image in tqdm(content["images"], f"{file}: cropping cells", unit="image", disable=None):
+            name = image["file_name"].replace("\\", "/")
             stem = clean(pathlib.PurePath(name).with_suffix(""))
-            if owner.setdefault(stem, place) != place:  # another picture has that name
-                stem = f"{file.stem}-{stem}"
-            picture, problem = open_picture(place, image.get("width"), image.get("height"))
+            parents = (folder, folder / "images", folder / file.stem, folder / file.stem / "images")
+            picture, problem = open_picture([parent / name for parent in parents], image)
             for box in boxes.pop(image["id"], ()):
-                label, area = labels.get(box["category_id"]), box.get("bbox") or box.get("segmentation")
-                key, (crop, why) = (place, label, str(area)), cut_box(picture, area)
-                if why or label is None or key in taken:
-                    dropped[problem or why or ("listed twice" if label else "of an unknown category")] += 1
+                label, (x, y, w, h) = labels.get(box["category_id"]), box["bbox"]
+                crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
+                thin = min(w, h) <= 1 and "width or height of 1 or less, no cell"
+                why = problem or thin or (min(crop.shape[:2]) <= 1 and "outside the image")
+                if why or label is None:
+                    dropped[why or "of an unknown category"] += 1
                     continue
                 cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
-                if cell in taken:
+                if cell in taken:  # another JSON file's image or box of that name
                     cell += f"-{len(taken)}"
-                taken |= {cell, key}
+                taken.add(cell)
                 (part / label).mkdir(parents=True, exist_ok=True)
                 png = cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
                 (part / f"{cell}.png").write_bytes(png)
@@ -359,28 +324,17 @@ def clean(name):
     return str(name).replace("/", "-").strip(". ") or "unnamed"
 
 
-def open_picture(file, width, height):
-    """A COCO set's picture and None, or None and why: turned by EXIF only if it has the JSON's size then."""
+def open_picture(places, image):
+    """The first file that is there, image its entry in the JSON: (picture, None) or (no pixels, why not)."""
+    empty = np.zeros((0, 0, 3), np.uint8)
     try:
-        sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
+        picture = read_image(next(filter(pathlib.Path.is_file, places), places[0]))
     except ValueError:
-        return None, "their image is missing or unreadable; once it is there, remove .crops"
-    picture = sizes.get((width, height)) if width and height else [*sizes.values()][-1]
-    return picture, None if picture is not None else "their image is not of the size that the JSON says"
-
-
-def cut_box(picture, area):
-    """Pixels of a COCO box [x, y, width, height] or polygons [[x, y, ...]]: (crop, None) or (None, why)."""
-    if isinstance(area, list) and area and isinstance(area[0], list):
-        points = list(itertools.chain(*area))
-        x, y = points[::2], points[1::2]
-        area = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-    is_box = isinstance(area, list) and len(area) == 4 and all(map(math.isfinite, area))
-    if picture is None or not is_box or min(area[2:]) <= 1:
-        return None, "width or height of 1 or less, no cell"
-    x, y, w, h = area
-    crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
-    return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
+        return empty, "their image is missing or unreadable; once it is there, remove .crops"
+    height, width = picture.shape[:2]
+    if (image.get("height") or height, image.get("width") or width) != (height, width):
+        return empty, "their image is not of the size that the JSON says"
+    return picture, None
 
 
 def open_pcam(folder, name):
@@ -394,12 +348,8 @@ def open_pcam(folder, name):
             x, y = (open_hdf5(str(file), os.getpid()) for file in files)
             labels, shape = y["y"][()].reshape(-1), x["x"].shape
         except (OSError, KeyError, AttributeError, TypeError) as error:
-            why, advice = f"{error}".splitlines()[0], f"fetch {files[0].name} and {files[1].name} again"
-            if missing := [file for file in files if not file.exists()]:
-                why = f"{missing[0].name} is missing"
-                for found in folder.glob(f"{missing[0].stem}*"):
-                    rename = f"rename {found.name} to {missing[0].name}"
-                    advice = f"unpack it: gunzip {found}" if found.suffix == ".gz" else rename
+            advice = f"fetch {files[0].name} and {files[1].name} again, unpacked and under these very names"
+            why = f"{error}".splitlines()[0]
             raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
         if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
             raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
@@ -526,11 +476,12 @@ def open_atomic(file, mode="wb"):
 
 
 def read_json(file):
-    """The dict that a JSON file of ours holds; SystemExit with one line if it is damaged."""
+    """What a JSON file holds; SystemExit with one line if it is damaged."""
     try:
         return json.loads(pathlib.Path(file).read_bytes())
     except ValueError as error:
-        raise SystemExit(f"{file}: damaged ({error}); remove it, and it is made anew") from None
+        advice = "remove it to have it made anew, or fetch it again if it is not of these scripts"
+        raise SystemExit(f"{file}: damaged ({error}); {advice}") from None
 
 
 # ---------------------------------------------------------------- statistics and integrity
@@ -562,14 +513,22 @@ def inspect(cells, index):
     return None, hashlib.sha1(content).digest(), image.shape[:2], np.array(histogram), oddities
 
 
+def in_threads(function, items, text, unit, threads=None):
+    """Yield function(item) for all items, in order, from as many threads as cores, with a progress bar."""
+    bar = tqdm(total=len(items), desc=text, unit=unit, disable=None)
+    with concurrent.futures.ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool, bar:
+        for start in range(0, len(items), 256):  # since map keeps all results that wait
+            for result in pool.map(function, items[start:start + 256]):
+                yield result
+                bar.update()
+
+
 def inspect_all(cells, workers=None):
     """inspect's results in order, from several threads, with a progress bar."""
-    threads, starts = workers or len(os.sched_getaffinity(0)), range(0, len(cells), 1024)
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    work = functools.partial(inspect, cells)
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # here: filters belong to all threads
-        for start in tqdm(starts, f"checking {cells.name}", unit="x1024 images", disable=None):
-            block = range(start, min(start + 1024, len(cells)))  # since map keeps all results that wait
-            yield from pool.map(functools.partial(inspect, cells), block)
+        yield from in_threads(work, range(len(cells)), f"checking {cells.name}", "image", workers)
 
 
 def check_dataset(cells, runs="runs", workers=None):
@@ -623,16 +582,15 @@ def check_dataset(cells, runs="runs", workers=None):
 
 def describe(info):
     """Tables 1 and 2 of one data set as text, with the paper's values beside where it has any."""
-    paper = PAPER.get(info["name"], (None, None, [None] * 3, [None] * 3))
-    sizes = ", ".join(f"{size} ({count:,})" for size, count in list(info["sizes"].items())[:3])
+    sizes = [f"{size} ({count:,})" for size, count in info["sizes"].items()]
     counts = ", ".join(f"{label} {count:,}" for label, count in zip(info["classes"], info["counts"]))
-    rows = [("images", f"{sum(info['counts']):,}", paper[0]), ("classes", len(info["classes"]), paper[1]),
-            ("", counts, None), ("pixels", sizes + ", ..." * (len(info["sizes"]) > 3), None)]
-    for colour, *values in zip(("red", "green", "blue"), info["mean"], info["std"], *paper[2:]):
-        theirs = "{2:.4f} ± {3:.4f}".format(*values) if paper[0] else None
-        rows.append((colour, "{:.4f} ± {:.4f}".format(*values), theirs))
+    colours = ["{:.4f} ± {:.4f}".format(*both) for both in zip(info["mean"], info["std"])]
+    pixels = ", ".join(sizes[:3] + ["..."] * (len(sizes) > 3))
+    ours = f"{sum(info['counts']):,}", len(info["classes"]), counts, pixels, *colours
+    theirs = PAPER.get(info["name"], [""] * 7)
     lines = [f"{info['name']} ({info['root']})"]
-    lines += [f"  {name:9s} {ours}" + f"   (paper: {theirs})" * bool(theirs) for name, ours, theirs in rows]
+    for name, value, paper in zip(("images", "classes", "", "pixels", "red", "green", "blue"), ours, theirs):
+        lines.append(f"  {name:9s} {value}" + f"   (paper: {paper})" * bool(paper))
     twins = f"{len(info['duplicates'])} groups, {info['across_classes']} of them across classes"
     lines.append(f"  unreadable {len(info['unreadable'])}, exact duplicates {twins}")
     unreadable = [f"unreadable, left out: {path} ({why})" for path, why in info["unreadable"]]

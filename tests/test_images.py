@@ -347,17 +347,6 @@ def test_runs_beside_the_data_at_the_second_start(tmp_path, monkeypatch, capsys)
     assert out.count("classes   2\n") == 2 and out.count("runs is output of these scripts: left out") == 1
 
 
-def test_names_that_are_almost_the_same_are_named(tmp_path):
-    """Folders that differ in case and blanks, files in two Unicode forms: two classes and two images, but said."""
-    for name in ("HSIL/1.png", "hsil/1.png", "h sil /1.png", "B/e\u0301.png", "B/\u00e9.png", "B/E.png", "B/e.png"):
-        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / name).write_bytes(b"x")
-    cells = datasets.open_dataset(tmp_path / "mine")
-    assert len(cells.classes) == 4 and len(cells) == 7
-    assert cells.notes == ["names that are almost the same: 'HSIL', 'h sil ', 'hsil'",
-                           r"names that are almost the same: 'B/e\u0301.png', 'B/\xe9.png'"]
-
-
 @pytest.mark.long
 def test_100000_files_in_one_folder_are_indexed_within_seconds(tmp_path):
     """Hard links to two files. The time includes the fingerprint, which looks at each file's size."""
