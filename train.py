@@ -58,25 +58,15 @@ OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find 
 
 
 # ---------------------------------------------------------------- setup
-def has_nvidia_driver():
-    """Whether this machine has an NVIDIA driver, though PyTorch may be unable to use it."""
-    smi = shutil.which("nvidia-smi")  # under WSL there is nothing else
-    listed = subprocess.run([smi, "-L"], capture_output=True, text=True).stdout if smi else ""
-    return "GPU " in listed or os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidia0")
-
-
 def choose_device(device="auto"):
     """torch.device of auto (CUDA, or else the CPU), cpu, cuda, cuda:1, ...; ValueError if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
-        if device == "cpu" and not hidden and has_nvidia_driver():
-            try:
-                torch.cuda.init()
-            except (AssertionError, RuntimeError) as error:
-                raise ValueError("this machine has an NVIDIA driver, but CUDA cannot start ("
-                                 f"{str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
-                                 "driver, or use --device cpu") from None
+        smi = not hidden and device == "cpu" and shutil.which("nvidia-smi")
+        if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
+            raise ValueError(f"nvidia-smi lists a GPU, but PyTorch {torch.__version__} cannot use it; install a "
+                             "wheel that fits the driver, or use --device cpu")
         if device == "cpu":
             print("no CUDA device: training on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
