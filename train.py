@@ -45,8 +45,8 @@ import splits
 MOMENTUM = 0.9  # SGD without weight decay
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05
-RANGE_SKIP_START, RANGE_SKIP_END, DEFAULT_LR = 10, 5, 0.01
-TRIAL_RATES, TRIAL_STEPS, TRIAL_IMAGES = 7, (20, 300), 2000  # half decades; fewest and most steps; validation
+TRIAL_RATES = 7  # half decades
+TRIAL_STEPS, TRIAL_IMAGES = (20, 300), 2000  # fewest and most steps of each; validation images
 
 EVAL_BATCH_SIZE = 64
 BUSY = 75  # exit status EX_TEMPFAIL
@@ -398,35 +398,6 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
     return finder.history["lr"], [*smoothed[:1].tolist(), *losses.tolist()]
 
 
-def choose_lr(rates, losses):
-    """The rate of steepest descent before the minimum of a range test's smoothed losses; None if only noise.
-
-    The exponential smoothing starts from the median of the first ten losses: the library's starts from the
-    first one, whose deviation fades so slowly that it often is the steepest descent. The slope is taken over
-    10, 20 or 40 steps, the first of them in which the steepest fall is clear of the noise (4 standard
-    deviations); the whole fall must be 6 of them.
-    """
-    losses = np.array(losses)
-    losses = losses[:len(losses) if np.isfinite(losses).all() else np.argmin(np.isfinite(losses))]
-    if len(losses) < 2 * (RANGE_SKIP_START + RANGE_SKIP_END):
-        return None
-    keep, smoothed = 1 - RANGE_SMOOTHING, [np.median(losses[:10])]
-    for loss in losses:
-        smoothed.append(keep * smoothed[-1] + RANGE_SMOOTHING * loss)
-    curve = np.array(smoothed[1 + RANGE_SKIP_START:-RANGE_SKIP_END])
-    curve = curve[:curve.argmin() + 1]
-    noise = np.diff(losses[:len(losses) // 2]).std() / 2**0.5
-    noise *= (RANGE_SMOOTHING / (2 - RANGE_SMOOTHING)) ** 0.5
-    if curve.max() - curve[-1] <= 6 * noise:
-        return None
-    for span in (10, 20, 40):
-        span = min(span, len(curve) - 1)
-        fall = curve[:len(curve) - span] - curve[span:]
-        if fall.max() > 4 * noise * (2 - 2 * keep**span) ** 0.5:
-            return float(rates[RANGE_SKIP_START + int(fall.argmax()) + span // 2])
-    return None
-
-
 def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, amp, memory_format, optimizer, **images):
     """Train net on train for some steps at a constant rate; its loss on val, the mean of half way and the end."""
     device, layout = images["device"], LAYOUTS[memory_format]
@@ -451,11 +422,15 @@ def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, amp, memory_fo
 def find_lr(folder, make_net, train, val, *, epochs, **options):
     """The initial learning rate of a model and init, once for all folds, from fold 0 (measured.json).
 
-    The range test says where the loss explodes; of the half decades below, each tried on a new network, that
-    of the lowest validation loss is taken. Range test and trial take at most half of a fold's steps: where
-    that leaves too few to try, the range test alone decides.
+    The range test says where the loss explodes; each half decade below is tried on a new network, and that
+    of the lowest validation loss is taken. Both together take at most half of one fold's steps; a run too
+    short for that takes the fourth of the rates untried (which left the least regret, paper/RESULTS.md).
     """
-    file = folder / "measured.json"
+    file, batches = folder / "measured.json", math.ceil(len(train) / options["batch_size"])
+    steps = min((epochs * batches // 2 - RANGE_STEPS) // TRIAL_RATES, TRIAL_STEPS[1])
+    tried = OPTIMIZERS[options["optimizer"]] * np.geomspace(1, 1000, TRIAL_RATES)
+    tried = [float(f"{lr:.1g}") for lr in tried]
+    some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))[:TRIAL_IMAGES]
     with datasets.file_lock(folder / "measured.lock"):
         found = datasets.read_json(file) if file.exists() else {}
         for key in ("optimizer", "batch_size", "image_size"):
@@ -464,24 +439,23 @@ def find_lr(folder, make_net, train, val, *, epochs, **options):
                                  "row a --name of its own, or name another folder with --runs")
         if "lr" in found:
             return found["lr"]
-        rates, losses = range_test(make_net(0), train, **options)
-        with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
-            csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
-        steps = epochs * math.ceil(len(train) / options["batch_size"]) // 2 - RANGE_STEPS
-        steps = min(steps // TRIAL_RATES, TRIAL_STEPS[1])
-        some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))[:TRIAL_IMAGES]
-        tried = OPTIMIZERS[options["optimizer"]] * np.geomspace(1, 1000, TRIAL_RATES)
-        found["candidates"] = []
-        for lr in [float(f"{lr:.1g}") for lr in tried if steps >= TRIAL_STEPS[0] and lr < rates[-1]]:
-            loss = try_lr(make_net(0), train, val.subset(np.sort(some)), lr, steps=steps, **options)
-            print(f"{folder}: validation loss {loss:.4f} after {steps} steps at rate {lr:g}", flush=True)
-            if math.isfinite(loss):
-                found["candidates"].append([lr, loss])
-        torch.cuda.empty_cache()  # other jobs of this GPU may need it
-        found["lr"] = min(found["candidates"], key=lambda row: row[1], default=[choose_lr(rates, losses)])[0]
-        if found["lr"] is None:
-            found["lr"] = DEFAULT_LR
-            print(f"{folder}: the loss never descends in the range test: default rate", file=sys.stderr)
+        if steps < TRIAL_STEPS[0]:
+            print(f"{folder}: too few steps to try rates: takes {tried[3]:g}; --lr sets another")
+            found["lr"] = tried[3]
+        else:
+            rates, losses = range_test(make_net(0), train, **options)
+            with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
+                csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
+            found["candidates"] = []
+            for lr in [lr for lr in tried if lr < rates[-1]]:
+                loss = try_lr(make_net(0), train, val.subset(np.sort(some)), lr, steps=steps, **options)
+                print(f"{folder}: validation loss {loss:.4f} after {steps} steps at rate {lr:g}", flush=True)
+                if math.isfinite(loss):
+                    found["candidates"].append([lr, loss])
+            torch.cuda.empty_cache()  # other jobs of this GPU may need it
+            if not found["candidates"]:
+                raise SystemExit(f"{folder}: the loss is not finite at any rate tried; set one with --lr")
+            found["lr"] = min(found["candidates"], key=lambda candidate: candidate[1])[0]
         with datasets.open_atomic(file, "w") as handle:
             json.dump(found, handle)
     return found["lr"]

@@ -368,8 +368,8 @@ def test_killed_at_every_write_of_a_run(starter, cells, undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_killed_in_the_range_test(starter, cells, tmp_path):
-    """The rate is measured once: killed in the middle and at both of its files, the same comes out as undisturbed."""
-    more = ("--lr", "auto", "--batch-size", 2, "--epochs", 1)
+    """The rate is measured once: killed in the middle, in the trial and at both files, the same comes out as undisturbed."""
+    more = ("--lr", "auto", "--batch-size", 2, "--epochs", 48, "--stop-lr", 1)
     reference, runs = tmp_path / "reference", tmp_path / "runs"
     done = starter.run(*command(cells, reference, *more))
     assert done.status == 0, done.err
@@ -377,7 +377,7 @@ def test_killed_in_the_range_test(starter, cells, tmp_path):
     shutil.copy(reference / "split.csv", runs)
     measured = runs / "train" / "squeezenet1_1" / "random"
     # lr_range.csv and measured.json are synced, renamed, and the file beside is removed: 3 calls each
-    for before in (DIE_AT_IMAGE.format(n=101), *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 3, 5))):
+    for before in (*(DIE_AT_IMAGE.format(n=n) for n in (101, 301)), *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 3, 5))):
         killed = starter.run(*command(cells, runs, *more), before=before)
         assert killed.status == -signal.SIGKILL and not (measured / "measured.json").exists()
     assert starter.run(*command(cells, runs, *more)).status == 0
@@ -436,7 +436,7 @@ def test_stopped_by_a_signal(starter, cells, tmp_path, number, group, workers):
 
 def test_stopped_in_the_range_test(starter, cells, tmp_path):
     """Also in the range test, whose own output is kept off the screen, the line is seen."""
-    script = starter.start(*command(cells, tmp_path, "--lr", "auto", "--batch-size", 64))
+    script = starter.start(*command(cells, tmp_path, "--lr", "auto", "--batch-size", 64, "--epochs", 1000))
     until(lambda: (tmp_path / "train/squeezenet1_1/random/measured.lock").exists() or script.poll() is not None, script)
     time.sleep(0.5)
     script.kill(signal.SIGTERM, group=False)
