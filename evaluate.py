@@ -38,14 +38,13 @@ CLASSES = {
     "LYI": "Immature lymphocytes", "FGC": "Faggot cells"}
 SCORES = ("precision", "recall", "f1")
 COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
-COMPARISON = ("family", "model", "init", "against_model", "against_init", "folds", "difference", "low",
-              "high", "p", "p_holm", "smallest_difference")
+COMPARISON = ("family model init against_model against_init folds difference low high p p_holm "
+              "smallest_difference").split()
 COMMON = 100                    # f1_common averages the classes of at least so many images
 LEVEL = 0.05                    # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64       # test images / training images of the paper's split, used without a split.csv
 # Settings in config.json that all folds should share; all rows, too, but for the learning rate
-SETTINGS = ("amp", "batch_size", "data", "epochs", "image_size", "lr", "optimizer", "schedule", "seed",
-            "stop_lr")
+SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr".split()
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
@@ -156,27 +155,21 @@ def read_overlaps(file, split):
     Validation images don't count: they chose the epoch, but no weight was fitted to them. ValueError.
     """
     with error_context(file):
-        table = pd.read_csv(file, dtype={"first": str, "second": str}, **CSV)
-        if not {"first", "second"} <= set(table):
-            raise ValueError("is no table of first,second,...")
-    pairs, folds = table[["first", "second"]], split.drop(columns="label")
-    known = pairs[pairs.isin(split.index).all(axis=1)].to_numpy()
+        pairs = pd.read_csv(file, dtype=str, usecols=["first", "second"], **CSV)
+    known, folds = pairs[pairs.isin(split.index).all(axis=1)].to_numpy(), split.drop(columns="label")
     one, other = np.concatenate([known, known[:, ::-1]]).T
     trained, tested = (folds == "train").loc[other].groupby(one).any(), folds == "test"
     shared = tested & trained.reindex(folds.index, fill_value=False)
     note = (f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
             f"image of their fold ({len(known):,} pairs); f1_no_overlap and accuracy_no_overlap omit them, "
             "but don't measure what the overlap does: these may be harder or easier cells.")
-    if len(table) > len(known):
-        note += f" {len(table) - len(known):,} pairs are ignored: their images are not in split.csv."
+    if len(pairs) > len(known):
+        note += f" {len(pairs) - len(known):,} pairs are ignored: their images are not in split.csv."
     return shared, note
 
 
 def read_study(runs):
-    """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid.
-
-    images are the split's; without one, those of the run that tested most. Invalid files are its problems.
-    """
+    """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid."""
     split = shared = None
     classes, study, configs, problems, notes, absent = [], {}, {}, [], [], set()
     if Path(runs, "split.csv").exists():
@@ -288,10 +281,7 @@ def accuracy(confusions):
 
 
 def table4_rows(study):
-    """One dict a run, keys as in table4.csv, NaN for an empty cell.
-
-    As in the paper, means over classes of Table 5's means and of its stds.
-    """
+    """One dict a run, keys as in table4.csv; means over classes of Table 5's means and stds, as printed."""
     rows = []
     for (model, init), folds in study.runs.items():
         folds = list(folds.values())
@@ -310,10 +300,7 @@ def table4_rows(study):
 
 
 def table5_rows(study, model, init):
-    """One dict a class, keys as in table5_<model>_<init>.csv, NaN for an empty cell.
-
-    recall_low, recall_high: Wilson's interval for the recall of all folds' images together.
-    """
+    """One dict a class, keys as in table5_<model>_<init>.csv; Wilson's interval is of all folds' images."""
     folds = list(study.runs[model, init].values())
     confusion = sum(one.confusion for one in folds)
     table = pd.DataFrame({"class": study.classes, "images": study.images})
@@ -395,37 +382,32 @@ def split_ratio(folds):
 
 
 def comparison_rows(study, table4):
-    """Rows of comparisons.csv: macro F1 of every row against the best, and of every init against ImageNet.
+    """comparisons.csv, DataFrame: macro F1 of every row against the best, of every init against ImageNet.
 
-    Over the folds that both have; p_holm is adjusted within each of the two families; smallest_difference is
-    what the first step of Holm's procedure asks for at this pair's spread.
+    Over the folds that both have; Holm within each of the two families. smallest_difference: needed in the
+    first step of Holm's procedure, at this pair's spread.
     """
     rows = []
-    for family in ("best", "imagenet"):
-        part = []
-        for run, folds in study.runs.items():
-            other = best_run(table4) if family == "best" else (run[0], "imagenet")
-            common = [k for k in folds if k in study.runs.get(other, {})]
-            if run == other or not common:
-                continue
+    for family, run in itertools.product(("best", "imagenet"), study.runs):
+        other = best_run(table4) if family == "best" else (run[0], "imagenet")
+        common = [k for k in study.runs[run] if k in study.runs.get(other, {})]
+        if run != other and common:
             first, second = ([study.runs[name][k] for k in common] for name in (run, other))
             test = corrected_t_test(macro_f1(first) - macro_f1(second), split_ratio(first))
-            row = (family, *run, *other, len(common), *test[:4], np.nan, test[4])
-            part.append(dict(zip(COMPARISON, row)))
-        adjusted = holm([row["p"] for row in part])
-        tests = max(1, (~np.isnan(adjusted)).sum())
-        for row, row["p_holm"] in zip(part, adjusted):
-            row["smallest_difference"] *= special.stdtrit(row["folds"] - 1, 1 - LEVEL / 2 / tests)
-        rows += part
-    return rows
+            rows.append((family, *run, *other, len(common), *test[:4], np.nan, test[4]))
+    table = pd.DataFrame(rows, columns=COMPARISON)
+    for _, part in table.groupby("family"):
+        table.loc[part.index, "p_holm"] = holm(part.p)
+        quantile = special.stdtrit(part.folds - 1, 1 - LEVEL / 2 / max(1, part.p.count()))
+        table.loc[part.index, "smallest_difference"] *= quantile
+    return table
 
 
 def marks(table4, comparisons):
     """{(model, init): "*" best, "=" not significantly different from it, "" different, "?" not testable}."""
     signs = {(row["model"], row["init"]): "?" for row in table4} | {best_run(table4): "*"}
-    for row in comparisons:
-        if row["family"] == "best" and row["p"] >= 0:           # not NaN
-            signs[row["model"], row["init"]] = "=" if row["p_holm"] >= LEVEL else ""
+    for row in comparisons[comparisons.family == "best"].dropna(subset="p").itertuples():
+        signs[row.model, row.init] = "=" if row.p_holm >= LEVEL else ""
     return signs
 
 
@@ -433,7 +415,7 @@ def statements(study, comparisons):
     """The sentences that belong below Table 4, list of str."""
     lines = ["± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
              f"the std of macro F1; f1_common is over the classes of at least {COMMON} images."]
-    tested = pd.DataFrame(comparisons, columns=COMPARISON).dropna(subset="p")
+    tested = comparisons.dropna(subset="p")
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
         needed = best.smallest_difference
@@ -447,7 +429,7 @@ def statements(study, comparisons):
                      for row in imagenet[imagenet.p_holm < LEVEL].itertuples()]
         lines.append(f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
                      f"{', '.join(different) or 'none'}.")
-    if comparisons:
+    if len(comparisons):
         lines.append("The p-values hold for each row's one set of initial weights and one learning rate, and "
                      "don't correct for choosing the best by the same scores.")
     return lines + study.notes
@@ -478,10 +460,7 @@ def aligned(header, rows):
 
 
 def text_rows(rows, theirs={}):
-    """Rows as dicts of text: a mean and its std in one cell, names in full.
-
-    theirs: rows with the same keys, by (model, init) or class, printed below ours.
-    """
+    """Rows as dicts of text, names in full; theirs: rows by (model, init) or class, printed below ours."""
     names = MODELS | INITS | {key: f"{name} ({key})" for key, name in CLASSES.items()}
     table = []
     for row in rows:
@@ -541,8 +520,8 @@ def write_tables(study, results):
     text += "".join(f"\n- {line}" for line in statements(study, comparisons)) + "\n"
     write_csv(results / "table4.csv", table4)
     write_file(results / "table4.md", text)
-    if comparisons:
-        write_csv(results / "comparisons.csv", comparisons)
+    if len(comparisons):
+        write_csv(results / "comparisons.csv", comparisons.to_dict("records"))
     for run, folds in study.runs.items():
         name, table5, matrix = "_".join(run), table5_rows(study, *run), mean_confusion(folds.values())
         write_csv(results / f"table5_{name}.csv", table5)
@@ -556,8 +535,7 @@ def write_tables(study, results):
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")

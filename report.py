@@ -4,9 +4,8 @@
     python report.py --model vit_l_32 --init imagenet  the same, of another row
     python report.py --doubt vit_l_32/cd resnet152/cd  doubtful labels by the mean of several rows
 
-The page, report.html filled in, is one file that needs no network. Beside it: label_issues.csv (doubtful
-labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv. What needs val_predictions.csv,
-log.csv, lr_range.csv or gradcam_*.png is left out without them; the page says so.
+The page, report.html filled in, is one file that needs no network; it says what it lacks. Beside it:
+label_issues.csv (doubtful labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv.
 """
 import argparse
 import base64
@@ -77,29 +76,28 @@ def sensitivity_at(scores, positive, specificity):
     """Highest sensitivity of at least this specificity, and the threshold that a score must exceed for it."""
     negatives = np.sort(scores[~positive])[::-1]
     allowed = int((1 - specificity) * len(negatives) + 1e-9)
-    threshold = negatives[allowed] if allowed < len(negatives) else -np.inf
+    threshold = np.append(negatives, -np.inf)[allowed]
     return evaluate.moments(scores[positive] > threshold)[0], threshold
 
 
 def tolerant_scores(confusion, accepted):
-    """Precision and recall, each [C], that take a prediction for right where accepted [label, prediction].
-
-    confusion [C,C]: counts, rows are labels (Matek et al. 2021). 0 if never predicted, NaN without images.
-    """
+    """Precision and recall [2,C] that forgive where accepted [label, prediction] (Matek et al. 2021)."""
     right = confusion * (accepted | np.eye(len(confusion), dtype=bool))
-    images, predicted = confusion.sum(1), confusion.sum(0)
-    some = np.where(images > 0, 1.0, np.nan)
-    return some * right.sum(0) / np.maximum(predicted, 1), some * right.sum(1) / np.maximum(images, 1)
+    totals = np.stack([confusion.sum(0), confusion.sum(1)])
+    scores = np.stack([right.sum(0), right.sum(1)]) / np.maximum(totals, 1)
+    return np.where(totals[1] > 0, scores, np.nan)
 
 
 def read_pairs(file, classes):
     """bool [C,C] of a CSV label,accepted (or None): predictions (columns) forgiven for a label (rows)."""
+    if file is None:
+        return np.zeros((len(classes), len(classes)), bool)
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False) if file else {"label": [], "accepted": []}
-        pairs = set(zip(table["label"], table["accepted"]))
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        counts = pd.crosstab(table["label"], table["accepted"])
+        return counts.reindex(index=classes, columns=classes).to_numpy() > 0
     except (OSError, KeyError, ValueError):
         raise SystemExit(f"{file}: no CSV with columns label,accepted; name another with --pairs") from None
-    return np.array([[(label, prediction) in pairs for prediction in classes] for label in classes])
 
 
 # ---------------------------------------------------------------- which labels
@@ -139,35 +137,34 @@ def label_issues(study, tested, contradicted={}):
     """DataFrame of label_issues.csv, most doubtful first: images with a more probable class than the label.
 
     By the mean prior-corrected probabilities of the rows of Table 4 in tested {(model, init): {fold:
-    Predictions}}, on the folds that all have. Of an image tested more than once the most doubtful row.
-    contradicted {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
+    Predictions}}, on the folds that all have. contradicted {path: (label of the same cell elsewhere, why it
+    is the same)} are flagged and come first.
     """
-    classes, enough, tables = np.array(study.classes, object), study.images >= ENOUGH, []
+    classes, enough, tables = pd.Index(study.classes), study.images >= ENOUGH, []
+    known = pd.DataFrame.from_dict(contradicted, "index", columns=["suggested", "kind"]).assign(flagged="yes")
     for fold in sorted(set.intersection(*map(set, tested.values()))):
         each = []
         for run, folds in tested.items():
             p = posterior(folds[fold].probabilities, frequencies(study, run, fold))
-            index = pd.MultiIndex.from_arrays([np.array(folds[fold].paths, object), folds[fold].labels])
-            each.append(pd.DataFrame(p, index).sort_index())
+            each.append(pd.DataFrame(p, [folds[fold].paths, folds[fold].labels]).sort_index())
         mean = sum(each) / len(each)  # of the same image; NaN where a row lacks it
         if mean.isna().any(axis=None):
             raise SystemExit(f"fold {fold}: --doubt names rows that tested different images")
-        p, paths, labels = mean.to_numpy(), *(mean.index.get_level_values(i).to_numpy() for i in (0, 1))
+        p, paths, labels = mean.to_numpy(), *(mean.index.get_level_values(i) for i in (0, 1))
         suggested, _, flagged = doubtful(labels, p, enough)
         flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
-        kind = np.full(len(paths), "prediction", object)
-        for i in np.flatnonzero([path in contradicted for path in paths]):
-            label, kind[i] = contradicted[paths[i]]
-            suggested[i], flagged[i] = study.classes.index(label), "yes"
-        own, other = (p[np.arange(len(p)), columns] for columns in (labels, suggested))
-        score = np.log10(np.maximum(other, TINY) / np.maximum(own, TINY))
-        table = pd.DataFrame({
-            "path": paths, "label": classes[labels], "suggested": classes[suggested], "score": score,
-            "flagged": flagged, "fold": fold, "p_label": own, "p_suggested": other, "kind": kind})
-        tables.append(table[(score > 0) | (kind != "prediction")])
+        table = pd.DataFrame({"label": classes[labels], "suggested": classes[suggested], "score": np.nan,
+                              "flagged": flagged, "fold": fold}, paths.rename("path"))
+        rows = np.arange(len(p))
+        table["p_label"], table["p_suggested"], table["kind"] = p[rows, labels], np.nan, "prediction"
+        table.update(known)
+        table["p_suggested"] = p[rows, classes.get_indexer(table.suggested)]
+        tables.append(table.reset_index())
     if not tables:
         raise SystemExit("--doubt names rows that have no finished fold in common")
     table = pd.concat(tables)
+    table["score"] = np.log10(table.p_suggested.clip(lower=TINY) / table.p_label.clip(lower=TINY))
+    table = table[(table.score > 0) | (table.kind != "prediction")]
     return table.iloc[np.lexsort((-table.score, table.kind == "prediction"))].drop_duplicates("path")
 
 
@@ -320,21 +317,18 @@ def progress(runs):
     states = Counter()
     for folder in sorted([*runs.glob("pretrain/*/*"), *runs.glob("train/*/*/fold*")]):
         log, config = read(folder / "log.csv"), read(folder / "config.json") or {}
+        done, (stage, *run) = (folder / "predictions.csv").exists(), folder.relative_to(runs).parts[:3]
         state = f"at epoch {0 if log is None else len(log)} of {config.get('epochs', '?')}"
-        state = "finished" if (folder / "predictions.csv").exists() else state
-        if log is not None or config or state == "finished":
-            stage, *run = folder.relative_to(runs).parts[:3]
-            states[title(*run), stage, state] += 1
+        if log is not None or config or done:
+            states[title(*run), stage, "finished" if done else state] += 1
     return [dict(zip(("network", "stage", "state", "trainings"), (*key, n))) for key, n in states.items()]
 
 
 def failures(runs):
     """[(log, its last line)] of the jobs of run_all.sh that failed and have not succeeded since."""
-    found = []
-    for log in sorted(file.with_suffix(".log") for file in runs.glob("logs/*.failed")):
-        text = log.read_text(errors="replace").rstrip() if log.exists() else "it left no log"
-        found.append((log, text.split("\n")[-1][:300]))
-    return found
+    logs = sorted(file.with_suffix(".log") for file in runs.glob("logs/*.failed"))
+    texts = [log.read_text(errors="replace") if log.exists() else "it left no log" for log in logs]
+    return [(log, text.rstrip().split("\n")[-1][:300]) for log, text in zip(logs, texts)]
 
 
 # ---------------------------------------------------------------- what the page shows
@@ -427,8 +421,7 @@ def title(model, init):
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")
