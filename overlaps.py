@@ -4,8 +4,7 @@
     python splits.py --data data/bm --groups runs/groups.csv     # a split that keeps such images together
 
 Writes runs/overlaps.csv (first,second,dx,dy,difference,area: a point (x, y) of the first is (x - dx, y -
-dy) of the second), runs/groups.csv (path,group: every image; those that overlap or are the same share a
-group) and runs/results/overlaps.png.
+dy) of the second), runs/groups.csv (path,group of every image) and runs/results/overlaps.png.
 
 A corner of a picture is found again in every crop that shows it, so the 16x16 pixels around each corner
 become 256 bits: signs of random projections of the lowest frequencies, which JPEG changes little. Corners
@@ -15,10 +14,8 @@ pixels are found only where a third image shows how two others lie.
 """
 import argparse
 import collections
-import concurrent.futures
 import csv
 import functools
-import os
 import pathlib
 import signal
 import sys
@@ -29,7 +26,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 import datasets
 
@@ -47,22 +43,12 @@ SHOWN = 12  # pairs on the sheet, unreadable files that are printed
 
 
 # ---------------------------------------------------------------- corners
-def low_frequencies():
-    """The cosine transform's 14 lowest frequencies without the mean, float32 [256,14], of like energy."""
-    u, v = np.array([(u, v) for u in range(5) for v in range(5) if 0 < u + v < 5]).T
-    waves = np.cos(np.pi / PATCH * (np.arange(PATCH)[:, None] + 0.5) * np.arange(5))
-    waves /= np.linalg.norm(waves, axis=0)
-    return (waves[:, None, u] * waves[None, :, v] * (u + v)).reshape(PATCH**2, -1).astype(np.float32)
-
-
-FREQUENCIES = low_frequencies()
+# the cosine transform's 14 lowest frequencies without the mean, float32 [256,14], of like energy
+U, V = np.array([(u, v) for u in range(5) for v in range(5) if 0 < u + v < 5]).T
+WAVES = np.cos(np.pi / PATCH * (np.arange(PATCH)[:, None] + 0.5) * np.arange(5))
+WAVES /= np.linalg.norm(WAVES, axis=0)
+FREQUENCIES = (WAVES[:, None, U] * WAVES[None, :, V] * (U + V)).reshape(PATCH**2, -1).astype(np.float32)
 DIRECTIONS = np.random.default_rng(0).normal(size=(FREQUENCIES.shape[1], 256)).astype(np.float32)
-ONES = np.unpackbits(np.arange(1 << 16, dtype=">u2").view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
-
-
-def multiply(a, b):
-    """Matrix product in this thread: numpy's starts threads of its own, which wait for each other in ours."""
-    return cv2.gemm(a, b, 1, None, 0) if len(a) else np.zeros((0, b.shape[1]), np.float32)
 
 
 def find_corners(image):
@@ -81,53 +67,32 @@ def find_corners(image):
         strength = cv2.cornerMinEigenVal(cv2.GaussianBlur(grey, (0, 0), blur), block)
         strongest = cv2.dilate(strength, np.ones((2 * radius + 1, 2 * radius + 1), np.uint8))
         y, x = np.nonzero(((strength == strongest) & (strength > CORNER))[half:-half, half:-half])
+        if not len(x):
+            continue
         patches = np.lib.stride_tricks.sliding_window_view(cv2.blur(grey, (step, step)), (side, side))
         patches = patches[:, :, ::step, ::step][y, x].reshape(-1, PATCH**2).astype(np.float32)
-        waves = multiply(patches, FREQUENCIES)
-        bits = np.packbits(multiply(waves, DIRECTIONS) > 0, axis=1)
+        waves = cv2.gemm(patches, FREQUENCIES, 1, None, 0)  # numpy starts threads, which wait for each other
+        bits = np.packbits(cv2.gemm(waves, DIRECTIONS, 1, None, 0) > 0, axis=1)
         tones = np.column_stack([patches.mean(1), np.log(np.linalg.norm(waves, axis=1) + 1)])
         places = np.column_stack([x + half, y + half])
         found.append((bits, places.astype(np.uint16), tones.astype(np.float16)))
     return tuple(map(np.concatenate, zip(*found)))
 
 
-def read_image(cells, index):
-    """Image index as uint8 RGB [H,W,3]; one black pixel if it cannot be read."""
-    try:
-        return cells[index]
-    except ValueError:
-        return np.zeros((1, 1, 3), np.uint8)
-
-
-def in_threads(function, items, text, unit):
-    """Yield function(item) for all items, in order, from as many threads as cores, with a progress bar."""
-    cv2.setNumThreads(1)  # one image a thread
-    bar = tqdm(total=len(items), desc=text, unit=unit, disable=None)
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, bar:
-        for start in range(0, len(items), 256):
-            for result in pool.map(function, items[start:start + 256]):
-                yield result
-                bar.update()
-
-
 def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
     def work(index):
-        return find_corners(read_image(cells, index))
-    counts, block, found = [], [], [np.array(empty) for empty in find_corners(np.zeros((1, 1, 3), np.uint8))]
-    for corners in in_threads(work, range(len(cells)), "corners", "image"):
+        return find_corners(cells[index])
+    counts, fields = [], (bytearray(), bytearray(), bytearray())  # which grow in place: half the memory
+    for corners in datasets.in_threads(work, range(len(cells)), "corners", "image"):
         counts.append(len(corners[0]))
-        block.append(corners)
-        if len(block) == 1024 or len(counts) == len(cells):
-            for field, parts in zip(found, zip(*block)):
-                start = len(field)
-                field.resize((start + sum(map(len, parts)), field.shape[1]), refcheck=False)  # in place
-                np.concatenate(parts, out=field[start:])
-            block = []
+        for field, part in zip(fields, corners):
+            field += part.tobytes()
     if 0 in counts:
-        note = f"{counts.count(0)} images have no corner (flat, tiny or unreadable): not compared"
-        print(note, file=sys.stderr)
-    return *found, np.repeat(np.arange(len(cells), dtype=np.int32), counts)
+        print(f"{counts.count(0)} images have no corner (flat or tiny): not compared", file=sys.stderr)
+    bits, places, tones = map(np.frombuffer, fields, (np.uint8, np.uint16, np.float16))
+    image = np.repeat(np.arange(len(cells), dtype=np.int32), counts)
+    return bits.reshape(-1, 32), places.reshape(-1, 2), tones.reshape(-1, 2), image
 
 
 # ---------------------------------------------------------------- candidates
@@ -154,7 +119,7 @@ def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
         keep = (image[a] != image[b]) & (tone[:, 1] <= CONTRAST)
         a, b, tone = a[keep], b[keep], tone[keep]
         differ = bits[a] ^ bits[b]
-        flips = ONES[differ.view(np.uint16)].sum(1)
+        flips = np.bitwise_count(differ.view(np.uint64)).sum(1)
         keep = flips <= FLIPS
         for earlier in range(table):
             keep &= word(differ, earlier).any(1)  # else that table has this vote
@@ -164,18 +129,6 @@ def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
         pair = image[a].astype(np.int64) * (int(image[-1]) + 1) + image[b]
         ballots.append((pair * 2 * far + dx) * 2 * far + dy)
     return np.concatenate(ballots), len(rows)
-
-
-def cast_table(bits, places, tones, image, far, table):
-    """Yield cast_votes of all corners, block by block, sorted by one of the words."""
-    keys = np.zeros((len(bits), 8), np.uint8)
-    keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
-    keys = keys.view(np.uint64)[:, 0]
-    order = np.argsort(keys)
-    keys = keys[order]
-    work = functools.partial(cast_votes, bits, places, tones, image, far, order, keys, table)
-    blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
-    yield from in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block")
 
 
 def elect(ballots, images, far):
@@ -203,24 +156,32 @@ def find_candidates(cells):
     bits, places, tones, image = collect_corners(cells)
     if not len(image):
         return []
-    far, ballots, new, frequent = int(places.max()) + 2, [np.zeros(0, np.int64)], 0, 0
-    if (2 * far * (int(image[-1]) + 1))**2 >= 1 << 63:
+    far, images = int(places.max()) + 2, int(image[-1]) + 1
+    if (2 * far * images)**2 >= 1 << 63:
         raise SystemExit(f"{cells.root}: {len(cells)} images of {far} pixels are too many to compare at once")
+    ballots, new, frequent = [np.zeros(0, np.int64)], 0, 0
+    blocks = [range(start, min(start + BLOCK, len(image))) for start in range(0, len(image), BLOCK)]
     for table in range(TABLES):
-        for cast, more in cast_table(bits, places, tones, image, far, table):
+        keys = np.zeros((len(image), 8), np.uint8)
+        keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
+        keys = keys.view(np.uint64)[:, 0]
+        order = np.argsort(keys)
+        keys = keys[order]
+        work = functools.partial(cast_votes, bits, places, tones, image, far, order, keys, table)
+        for cast, more in datasets.in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block"):
             ballots.append(cast)
             new, frequent = new + len(cast), frequent + more
             if new > max(len(ballots[0]), 8 * BLOCK):
                 ballots, new = [sort_ballots(ballots)], 0
+        keys = order = work = None  # gigabytes, before the next ones are made
     if frequent:
-        share = frequent / (TABLES * len(bits))
+        share = frequent / (TABLES * len(image))
         print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
     del bits, places, tones  # memory for the election, which looks at a slice of the pairs at a time
     ballots, shifts = sort_ballots(ballots), (2 * far)**2
     ends = np.searchsorted(ballots, (ballots[4 * BLOCK::4 * BLOCK] // shifts + 1) * shifts)
     parts = [part for part in np.split(ballots, ends) if len(part)]
-    elected = [elect(part, int(image[-1]) + 1, far) for part in parts]
-    return np.concatenate([np.zeros((0, 4), np.int64), *elected])
+    return np.concatenate([np.zeros((0, 4), np.int64), *(elect(part, images, far) for part in parts)])
 
 
 def sort_ballots(ballots):
@@ -278,10 +239,11 @@ def find_overlaps(cells):
     A point (x, y) of the first is (x - dx, y - dy) of the second, in whole pixels; difference: mean absolute
     difference of grey levels over the shared rectangle; area: that rectangle's share of the smaller image.
     """
-    work = functools.partial(compare, functools.lru_cache(512)(functools.partial(read_image, cells)))
+    cv2.setNumThreads(1)  # one image a thread
+    work = functools.partial(compare, functools.lru_cache(512)(cells.__getitem__))
     candidates, tried, rows = find_candidates(cells), set(), []
     while len(candidates):
-        rows += [row for row in in_threads(work, candidates, "looking at pixels", "pair") if row]
+        rows += filter(None, datasets.in_threads(work, candidates, "looking at pixels", "pair"))
         tried |= set(map(tuple, candidates))
         candidates = [candidate for candidate in third_sides(rows) if candidate not in tried]
     paths = list(map(str, cells.paths))
@@ -325,8 +287,9 @@ def draw_sheet(cells, rows):
             used.update(row[:2])
     lines = max(1, -(-len(chosen) // 3))
     figure = Figure(figsize=(14, 2.8 * lines), layout="constrained")
-    parts = figure.subfigures(lines, 3, squeeze=False).flat
-    for part, (*paths, dx, dy, difference, area) in zip(parts, chosen):
+    if not chosen:
+        figure.text(0.5, 0.5, "no two images share pixels", ha="center")
+    for part, (*paths, dx, dy, difference, area) in zip(figure.subfigures(lines, 3).flat, chosen):
         part.suptitle(f"shifted by ({dx}, {dy}), {area:.0%} shared, difference {difference:.2f}", fontsize=9)
         pictures = [cells[index[path]].copy() for path in paths]
         for axis, path, picture, view in zip(part.subplots(1, 2), paths, pictures, shared(*pictures, dx, dy)):
@@ -334,8 +297,6 @@ def draw_sheet(cells, rows):
             axis.imshow(picture)
             axis.set_title(f"{label[path]}: {pathlib.PurePath(path).name}", fontsize=8)
             axis.axis("off")
-    if not chosen:
-        figure.text(0.5, 0.5, "no two images share pixels", ha="center")
     return figure
 
 
@@ -345,7 +306,7 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="folder for the results")
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     cells = datasets.open_dataset(args.data)
@@ -358,12 +319,13 @@ def main():
     for first, *others in info["duplicates"]:  # those without a corner as well
         rows += [(first, other, 0, 0, 0.0, 1.0) for other in others if frozenset((first, other)) not in known]
     groups = find_groups(cells.paths, rows)
-    for name, header, content in (
-            ("overlaps.csv", ("first", "second", "dx", "dy", "difference", "area"),
-             [(*row[:4], f"{row[4]:.3f}", f"{row[5]:.4f}") for row in rows]),
-            ("groups.csv", ("path", "group"), zip(cells.paths, groups))):
-        with datasets.open_atomic(args.runs / name, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *content])
+    with datasets.open_atomic(args.runs / "overlaps.csv", "w") as file:
+        file.write("first,second,dx,dy,difference,area\n")
+        pairs = [(*row[:4], f"{row[4]:.3f}", f"{row[5]:.4f}") for row in rows]
+        csv.writer(file, lineterminator="\n").writerows(pairs)
+    with datasets.open_atomic(args.runs / "groups.csv", "w") as file:
+        file.write("path,group\n")
+        csv.writer(file, lineterminator="\n").writerows(zip(cells.paths, groups))
     with datasets.open_atomic(args.runs / "results" / "overlaps.png") as file:
         FigureCanvasAgg(draw_sheet(cells, rows)).print_png(file)
     print(describe(cells, rows, groups))
@@ -373,5 +335,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("stopped; nothing was written")
