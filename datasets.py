@@ -212,8 +212,8 @@ def list_folder(folder):
 
 
 def find_images(folder):
-    """(sorted relative paths of the images below a folder, {ending: number} of pictures not read)."""
-    found, unread, pending, start = [], collections.Counter(), [""], pathlib.Path(folder)
+    """Sorted relative paths of the images below a folder, and of the pictures that are not read."""
+    found, unread, pending, start = [], [], [""], pathlib.Path(folder)
     visited = {*map(os.path.realpath, start.absolute().parents), *map(str, start.resolve().parents)}
     while pending:  # links are followed, but each folder is entered once and none above it: loops end
         inside = pending.pop()
@@ -222,9 +222,8 @@ def find_images(folder):
         visited.add(real)
         pending += [f"{inside}{name}/" for name in below]
         found += [inside + name for name in files if name.lower().endswith(IMAGE_TYPES)]
-        endings = [os.path.splitext(name)[1].lower() for name in files]
-        unread.update(ending for ending in endings if ending in OTHER_TYPES)
-    return sorted(found), unread
+        unread += [inside + name for name in files if os.path.splitext(name)[1].lower() in OTHER_TYPES]
+    return sorted(found), sorted(unread)
 
 
 def descend(folder, endings):
@@ -253,9 +252,10 @@ def open_classes(folder, name, notes=()):
     notes += [f"{root / made} is output of these scripts: left out" for made in list_folder(root)[2]]
     if stray:
         notes.append(f"{len(stray)} images lie in {root} outside any class folder: left out")
-    if unread := sum((counts for _, counts in found.values()), collections.Counter()):
-        types = ", ".join(f"{number} {ending}" for ending, number in unread.most_common())
-        notes.append(f"{unread.total()} pictures of types that are not read: left out ({types})")
+    if unread := sum((others for _, others in found.values()), []):
+        endings = collections.Counter(os.path.splitext(path)[1].lower() for path in unread)
+        types = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
+        notes.append(f"{len(unread)} pictures of types that are not read: left out ({types})")
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
     counts = [len(images[label]) for label in classes]
     return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), counts), notes)

@@ -7,14 +7,13 @@ A cell is shown by the network of the fold that tested it. A heatmap is scaled t
 where evidence for a class is seen, not how much. Writes runs/results/gradcam_<model>_<init>_<CLASS>.png.
 """
 import argparse
-import collections
 import csv
-import os
 import pathlib
 import re
 import signal
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
@@ -89,36 +88,32 @@ def batch_for(info, cells, device):
 
 # ---------------------------------------------------------------- test cells of a run
 def best_run(runs):
-    """(model, init) of Table 4's best row: most folds, then highest F1; without a table, of the only run."""
+    """(model, init) of Table 4's best row: most folds, then highest F1."""
+    file = runs / "results" / "table4.csv"
     try:
-        with open(runs / "results" / "table4.csv", encoding="utf-8", newline="") as handle:
+        with open(file, encoding="utf-8", newline="") as handle:
             rows = list(csv.DictReader(handle))
         best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
-        return best["model"], best["init"]
-    except (OSError, KeyError, ValueError):
-        found = {file.parts[-4:-2] for file in runs.glob("train/*/*/fold*/predictions.csv")}
-    if len(found) != 1:
-        raise SystemExit(f"{runs}: {len(found)} runs with finished folds, and no results/table4.csv; "
-                         "first run evaluate.py, or name --model and --init")
-    return found.pop()
+    except (OSError, KeyError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "invalid"
+        raise SystemExit(f"{file}: {why}; first run evaluate.py, or name --model and --init") from None
+    return best["model"], best["init"]
 
 
 def read_run(folder):
     """Classes and tested cells of a run: dicts of path, label, prediction, fold (Path), p (float [C])."""
-    cells, classes = [], None
+    cells, classes, text = [], [], ["path", "label", "prediction"]
+    options = {"keep_default_na": False, "encoding_errors": "surrogateescape"}  # a class may be called NA
     for file in sorted(folder.glob("fold*/predictions.csv")):
         try:
-            with open(file, encoding="utf-8", errors="surrogateescape", newline="") as handle:
-                rows = list(csv.DictReader(handle))
-            classes = classes or [name[2:] for name in rows[0] if name.startswith("p_")]
-            for row in rows:
-                if not {row["label"], row["prediction"]} <= set(classes):
-                    raise ValueError(f"{row['path']} is of another class")
-                p = np.array([float(row[f"p_{name}"]) for name in classes])
-                cells.append({"path": row["path"], "label": row["label"], "prediction": row["prediction"],
-                              "fold": file.parent, "p": p})
-        except (IndexError, KeyError, TypeError, ValueError, csv.Error) as error:
-            raise SystemExit(f"{file}: invalid predictions ({error!r}); train that fold again") from None
+            table = pd.read_csv(file, dtype=dict.fromkeys(text, str), **options)
+            classes = classes or [name[2:] for name in table if name.startswith("p_")]
+            p = table[[f"p_{name}" for name in classes]].to_numpy(float)
+            if not {*table.label, *table.prediction} <= {*classes} or not np.allclose(p.sum(1), 1, atol=1e-3):
+                raise ValueError("another class, or probabilities that don't add up to 1")
+            cells += table[text].assign(fold=file.parent, p=list(p)).to_dict("records")
+        except (AttributeError, KeyError, ValueError) as error:
+            raise SystemExit(f"{file}: invalid predictions ({error}); train that fold again") from None
     if not cells:
         raise SystemExit(f"{folder}: no finished fold there; first run train.py")
     return classes, cells
@@ -132,13 +127,13 @@ def choose(cells, count):
 
 def add_heat(cells, classes, data, device):
     """Add to each cell its picture, its grid's side and heat {class: map} for prediction and label."""
-    place, jobs = {path: i for i, path in enumerate(data.paths)}, collections.defaultdict(list)
-    for cell in cells:
-        cell["heat"] = {}
-        jobs[cell["fold"]] += [(cell, label) for label in dict.fromkeys((cell["prediction"], cell["label"]))]
-    for fold, of_fold in tqdm(jobs.items(), "heatmaps", unit="fold", disable=None):
+    place = {path: i for i, path in enumerate(data.paths)}
+    for fold in tqdm(sorted({cell["fold"] for cell in cells}), "heatmaps", unit="fold", disable=None):
         net, info = models.load_checkpoint(fold / "best.pt")
-        for some in (of_fold[i:i + BATCH_SIZE] for i in range(0, len(of_fold), BATCH_SIZE)):
+        of_fold = [cell for cell in cells if cell["fold"] == fold]
+        jobs = [(cell, cell["prediction"]) for cell in of_fold]
+        jobs += [(cell, cell["label"]) for cell in of_fold if cell["label"] != cell["prediction"]]
+        for some in (jobs[i:i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)):
             try:
                 read = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in some]
             except (KeyError, ValueError) as error:
@@ -147,7 +142,7 @@ def add_heat(cells, classes, data, device):
             maps = heatmaps(net.to(device), batch, [classes.index(label) for _, label in some])
             side = layer_for(net, batch)[1]
             for (cell, label), (_, picture), heat in zip(some, read, maps):
-                cell["heat"][label] = heat
+                cell.setdefault("heat", {})[label] = heat
                 cell.update(picture=picture, side=side)
 
 
@@ -187,9 +182,7 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
         known = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
         raise SystemExit(f"{unknown[0]}: {known}")
     labels = labels or sorted(set(chosen.values())) or [c for c in FIGURES if c in classes] or classes[:2]
-    if not data:
-        root = datasets.read_json(cells[0]["fold"] / "config.json").get("root", "")
-        data = root if os.path.isdir(root) else "data/bm"
+    data = data or datasets.read_json(cells[0]["fold"] / "config.json")["root"]
     figures, shown = {label: [] for label in labels}, []
     for label, halves in figures.items():
         of_class = [cell for cell in cells if cell["label"] == label]
@@ -228,7 +221,7 @@ def main():
     parser.add_argument("--paths", nargs="+", default=[], help="test images to show")
     parser.add_argument("--count", type=int, default=6, help="cells shown of right and of wrong ones, each")
     parser.add_argument("--runs", default="runs", type=pathlib.Path)
-    parser.add_argument("--data", help="default: where the run found it, else data/bm")
+    parser.add_argument("--data", help="default: where the run found it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
     device = find_device(parser, args.device)

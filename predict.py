@@ -15,6 +15,7 @@ import csv
 import functools
 import hashlib
 import itertools
+import operator
 import os
 import pathlib
 import signal
@@ -65,33 +66,28 @@ def correct(p, ratio):
     return p / p.sum(1, keepdims=True)
 
 
-def make_study(model, classes, folds, ratios, prior):
-    """evaluate's Study of folds [(labels int [N], p float [N,C]), ...]: rows as trained and for the prior."""
-    runs, n = {}, len(classes)
+def make_study(model, classes, folds, prior):
+    """evaluate's Study of folds [(labels int [N], p [N,C], ratio [C]), ...]: as trained and for the prior."""
+    runs = {}
     for name in dict.fromkeys(("uniform", prior)):
-        for k, ((labels, p), ratio) in enumerate(zip(folds, ratios)):
+        run = runs[model, f"prior_{pathlib.Path(name).stem}"] = {}
+        for k, (labels, p, ratio) in enumerate(folds):
             predictions = (p if name == "uniform" else correct(p, ratio)).argmax(1)
-            confusion = evaluate.count_confusion(labels, predictions, n)
-            run = runs.setdefault((model, f"prior_{pathlib.Path(name).stem}"), {})
+            confusion = evaluate.count_confusion(labels, predictions, len(classes))
             run[k] = evaluate.Fold(confusion, evaluate.confusion_scores(confusion), np.nan)
-    images = np.bincount(np.concatenate([labels for labels, _ in folds]), minlength=n)
+    images = np.sum([fold.confusion for fold in run.values()], (0, 2))
     return evaluate.Study(classes, images, runs, [], [])
 
 
 def print_prior(folder, prior):
     """Print Tables 4 and 5 of a run's finished folds as trained and for another prior."""
-    folds, ratios = [], []
-    for file in sorted(folder.glob("fold*/predictions.csv")):
-        try:
-            tested = evaluate.read_predictions(file)
-        except ValueError as error:
-            raise SystemExit(f"{error}; train that fold again") from None
-        counts = models.read_checkpoint(file.with_name("best.pt"))["train_counts"]
-        ratios.append(prior_ratio(prior, tested.classes, counts))
-        folds.append((tested.labels, tested.probabilities))
-    if not folds:
-        raise SystemExit(f"{folder}: no finished fold there; first run train.py")
-    study = make_study(folder.parent.name, tested.classes, folds, ratios, prior)
+    classes, cells = gradcam.read_run(folder)
+    folds = []
+    for fold, tested in itertools.groupby(cells, operator.itemgetter("fold")):
+        labels, p = zip(*((classes.index(cell["label"]), cell["p"]) for cell in tested))
+        counts = models.read_checkpoint(fold / "best.pt")["train_counts"]
+        folds.append((np.array(labels), np.array(p), prior_ratio(prior, classes, counts)))
+    study = make_study(folder.parent.name, classes, folds, prior)
     for run in study.runs:
         print(f"{run[1]}\n{evaluate.table_text(evaluate.table5_rows(study, *run))}")
     print(evaluate.table_text(evaluate.table4_rows(study)))
@@ -99,52 +95,33 @@ def print_prior(folder, prior):
 
 # ---------------------------------------------------------------- new images
 def find_images(images, out):
-    """(folder, paths of the images below it, [(path, why)] of pictures not read); a file: a folder of one."""
+    """(folder, paths of the images below it, of pictures that are not read); a file is a folder of one."""
     if images.is_file():
         return images.parent, [images.name], []
-    if not images.is_dir() or images.resolve() == out.resolve():
+    ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
+    if not images.is_dir() or ours == "./":
         why = "the images' own folder; name another --out" if images.is_dir() else "no such file or folder"
         raise SystemExit(f"{images}: {why}")
-    ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
     paths, unread = datasets.find_images(images)
     paths = [path for path in paths if not path.startswith(ours)]
     if not paths:
         raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
-    others = []
-    for ending, number in sorted(unread.items()):
-        print(f"{images}: {number} {ending} files are pictures of a type that is not read")
-    for file in sorted(images.rglob("*")) if unread else []:
-        path = file.relative_to(images)
-        hidden = any(part[0] == "." or part.lower() in datasets.SYSTEM for part in path.parts)
-        if file.suffix.lower() in unread and not hidden:
-            others.append((path, "a type of picture that is not read"))
-    return images, paths, others
+    return images, paths, unread
 
 
-def load_networks(checkpoints, device):
-    """[(network on the device, info), ...]; SystemExit unless all have the same classes and image size."""
-    nets = [models.load_checkpoint(file) for file in tqdm(checkpoints, desc="networks", disable=None)]
-    for file, (_, info) in zip(checkpoints, nets):
-        for key in ("classes", "image_size"):
-            if info[key] != nets[0][1][key]:
-                raise SystemExit(f"{file}: another {key} than of {checkpoints[0]}; these can't be averaged")
-    return [(net.to(device), info) for net, info in nets]
-
-
-def trained_on(checkpoints, nets, cells, digests):
+def trained_on(checkpoints, infos, cells, digests):
     """The set of paths in cells that a checkpoint was trained or chosen on (its fold's train and val part).
 
-    The split is where train.py leaves it, four folders above best.pt. Images are compared by content if the
-    training images still lie where config.json says, else by class folder and name.
+    They are known by content if the training images still lie where config.json says, else by their names.
     """
     sizes, contents, names = {(cells.root / path).stat().st_size for path in cells.paths}, set(), set()
-    for checkpoint, (_, info) in zip(checkpoints, nets):
+    for checkpoint, info in zip(checkpoints, infos):
+        fold = pathlib.Path(checkpoint).resolve().parent
         try:
-            place = pathlib.Path(checkpoint).resolve()
-            root = pathlib.Path(datasets.read_json(place.with_name("config.json"))["root"])
-            split = evaluate.read_split(place.parents[4] / "split.csv")
+            root = pathlib.Path(datasets.read_json(fold / "config.json")["root"])
+            split = evaluate.read_split(fold.parents[3] / "split.csv")
             used = split.index[split[f"fold{info['fold']}"] != "test"]
-        except (OSError, LookupError, ValueError, SystemExit) as error:  # a best.pt that was moved
+        except (OSError, LookupError, TypeError, ValueError, SystemExit) as error:  # a best.pt that was moved
             print(f"{checkpoint}: what it was trained on is not known ({error}); it would be scored")
             continue
         if not root.is_dir():
@@ -169,36 +146,28 @@ def folder_labels(paths, names):
     return found
 
 
-def heatmap_file(folder, path):
-    """folder/<path>.png; the name is cut and gets a digest where it would be too long for a file system."""
-    above, name = os.path.split(path)
-    if len(os.fsencode(name)) > 200:
-        name = f"{name[:40]}-{hashlib.sha1(os.fsencode(name)).hexdigest()}"
-    return folder / above / f"{name}.png"
-
-
-def predict_images(nets, cells, ratio, device, maps):
+def predict_images(nets, infos, cells, ratio, device, maps):
     """The networks' mean probabilities as trained, float [N,C], of cells.
 
     Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
     """
-    read_cell, out = functools.partial(gradcam.read_cell, cells, nets[0][1]["image_size"]), []
-    starts = tqdm(range(0, len(cells), gradcam.BATCH_SIZE), "predicting", unit="batch", disable=None)
+    read_cell, out = functools.partial(gradcam.read_cell, cells, infos[0]["image_size"]), []
+    starts = range(0, len(cells), gradcam.BATCH_SIZE)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for start in starts:
-            some = range(len(cells))[start:start + gradcam.BATCH_SIZE]
-            read = list(pool.map(read_cell, some))
-            batches = [(net, gradcam.batch_for(info, read, device)) for net, info in nets]
+        for start in tqdm(starts, "predicting", unit="batch", disable=None):
+            paths = cells.paths[start:start + gradcam.BATCH_SIZE]
+            read = list(pool.map(read_cell, range(start, start + len(paths))))
+            batches = [gradcam.batch_for(info, read, device) for info in infos]
             with torch.inference_mode():
-                each = [net(batch).double().softmax(1).cpu().numpy() for net, batch in batches]
+                each = [net(batch).double().softmax(1).cpu().numpy() for net, batch in zip(nets, batches)]
             out.append(np.mean(each, 0))
             if maps is None:
                 continue
             labels = correct(out[-1], ratio).argmax(1)
-            heats = np.mean([gradcam.heatmaps(net, batch, labels) for net, batch in batches], 0)
-            for index, (_, picture), heat in zip(some, read, heats):
+            heats = np.mean([gradcam.heatmaps(*both, labels) for both in zip(nets, batches)], 0)
+            for path, (_, picture), heat in zip(paths, read, heats):
                 both = np.hstack([picture, gradcam.overlay(picture, heat)])
-                with datasets.open_atomic(heatmap_file(maps, cells.paths[index])) as handle:
+                with datasets.open_atomic(maps / f"{path}.png") as handle:
                     image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
     return np.concatenate(out)
 
@@ -217,10 +186,14 @@ def differential(smears, predicted, classes):
 
 def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
-    folder, paths, left_out = find_images(images, out)
-    nets = load_networks(checkpoints, device)
-    classes = nets[0][1]["classes"]
-    ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for _, info in nets], 0))
+    folder, paths, unread = find_images(images, out)
+    nets, infos = zip(*(models.load_checkpoint(file) for file in tqdm(checkpoints, "networks", disable=None)))
+    classes = infos[0]["classes"]
+    for file, info in zip(checkpoints, infos):
+        for key in ("classes", "image_size"):
+            if info[key] != infos[0][key]:
+                raise SystemExit(f"{file}: another {key} than of {checkpoints[0]}; these can't be averaged")
+    ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for info in infos], 0))
     names = dict(zip(classes, classes)) | (read_pairs(mapping) if mapping else {})
     strange = set(names.values()) - {*classes, ""}
     if strange:
@@ -229,13 +202,15 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     whys, digests, _, _, notes = zip(*datasets.inspect_all(cells))
     for note, number in collections.Counter(itertools.chain(*notes)).items():
         print(f"{number} images {note}")
+    left_out = [(path, "a type of picture that is not read") for path in unread]
     left_out += [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
     if all(whys):
         raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(left_out[-1])}")
     cells = cells.subset([not why for why in whys])
     out.mkdir(parents=True, exist_ok=True)
-    p = predict_images(nets, cells, ratio, device, out / "heatmaps" if maps else None)
-    seen = trained_on(checkpoints, nets, cells, filter(None, digests))
+    nets = [net.to(device) for net in nets]
+    p = predict_images(nets, infos, cells, ratio, device, out / "heatmaps" if maps else None)
+    seen = trained_on(checkpoints, infos, cells, filter(None, digests))
     left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
     for path, why in left_out[:10]:
@@ -251,7 +226,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     scored = [i for i, label in enumerate(labels) if label and cells.paths[i] not in seen]
     if scored:
         truth = np.array([classes.index(labels[i]) for i in scored])
-        study = make_study(nets[0][1]["model"], classes, [(truth, p[scored])], [ratio], prior)
+        study = make_study(infos[0]["model"], classes, [(truth, p[scored], ratio)], prior)
         print(evaluate.table_text(evaluate.table4_rows(study)))
         evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
     else:

@@ -55,7 +55,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
         assert "nothing of it was run" in message or "damaged" in message
         assert not mark.exists()
     torch.save(checkpoint(info=Mischief(mark)), file)
-    assert "holds more than tensors and plain data" in refusal(file)
+    assert "holds more than tensors" in refusal(file)
     torch.load(file, weights_only=False)  # the mischief is real: without weights_only it strikes
     assert mark.exists()
 
@@ -80,11 +80,9 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize("change, named", [
     ({"model": "resnet34"}, 'Missing key(s) in state_dict: "layer1.2.conv1.weight"'),
     ({"model": "mobilenet_v3_small"}, "not the weights of mobilenet_v3_small"),
-    ({"model": "resnet_18_of_mine"}, "no classification model of torchvision"),
     ({"classes": [*CLASSES, "LYT"], "train_counts": [1, 2, 3, 4]}, "size mismatch for fc.weight"),
     ({"classes": CLASSES[:2], "train_counts": [1, 2]}, "size mismatch for fc.weight"),
     ({"classes": None}, "it lacks classes"),
-    ({"image_size": "big"}, "big|str"),
     ({"state_dict": None}, "no checkpoint of ours"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, change, named):

@@ -198,18 +198,18 @@ def test_a_figure_of_the_chosen_cell(trained, monkeypatch, capsys):
 
 
 def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_path, monkeypatch):
-    """Most folds first: a row of two lucky folds is no winner. Without a table the only run there is, or a question."""
+    """Most folds first: a row of two lucky folds is no winner."""
     runs, cells = trained
     shown = []
     monkeypatch.setattr(gradcam, "draw_figure", lambda file, *rest: shown.append(file.name))
     monkeypatch.setattr(gradcam, "add_heat", lambda *rest: None)
-    command(monkeypatch, "--runs", runs, "--data", cells.root)  # the only run
+    command(monkeypatch, *RUN, "--runs", runs, "--data", cells.root)
     assert shown == [f"gradcam_shufflenet_v2_x0_5_random_{label}.png" for label in ("FGC", "BAS")]
     for init in ("random", "cd", "pcam"):
         fold = tmp_path / "train" / "resnet18" / init / "fold0"
         fold.mkdir(parents=True)
         (fold / "predictions.csv").write_text("path,label,prediction,p_x,p_y,p_z\nx/1.png,x,y,0.2,0.7,0.1\n")
-    assert "3 runs with finished folds" in refusal(monkeypatch, "--runs", tmp_path)
+    assert "first run evaluate.py" in refusal(monkeypatch, "--runs", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/table4.csv").write_text(
         "model,init,folds,f1_mean\nresnet18,random,5,0.5\nresnet18,cd,2,0.9\nresnet18,pcam,5,0.6\n")

@@ -122,7 +122,7 @@ def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
     image = datasets.read_image(tmp_path / name)
     assert image.dtype == np.uint8 and image.shape == expected.shape and image.flags.c_contiguous
     assert np.abs(image.astype(int) - expected).max() <= tolerance
-    assert datasets.find_images(tmp_path) == ([name], {})
+    assert datasets.find_images(tmp_path) == ([name], [])
 
 
 def test_jpegs_are_decoded_as_pillow_does(tmp_path):
