@@ -13,8 +13,8 @@
 set -u
 cd "$(dirname "$0")" || exit 1
 say() { echo "run_all.sh: $1" >&2; }
-wrong() { say "$1"; exit 2; }
-command -v python > /dev/null || { say "no python found; activate the virtual environment (README)"; exit 1; }
+fail() { say "$2"; exit "$1"; }
+command -v python > /dev/null || fail 1 "no python found; activate the virtual environment (README)"
 
 mode=night demo="" task="" device="" options=()
 while [ $# -gt 0 ]; do
@@ -25,10 +25,10 @@ while [ $# -gt 0 ]; do
     --list|--slurm) mode=${1#--} ;;
     --task) mode=task task=${2:-}; shift ;;
     --device) device=${2:-}; shift ;;
-    --model|--init|--fold|--data|--runs|--name) wrong "$1 is set by MODELS, INITS, FOLDS, DATA, RUNS" ;;
+    --model|--init|--fold|--data|--runs|--name) fail 2 "$1 is set by MODELS, INITS, FOLDS, DATA, RUNS" ;;
     *) options+=("$1") ;;
   esac
-  [ $# = 0 ] || shift
+  shift
 done
 if [ "$demo" ]; then
   DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
@@ -42,8 +42,8 @@ MODELS=${MODELS:-vgg19_bn resnet152 regnet_y_32gf vit_l_32}
 INITS=${INITS:-random imagenet cd imagenet+cd pcam imagenet+pcam}
 DATA=${DATA:-data} RUNS=${RUNS:-runs} FOLDS=${FOLDS:-0 1 2 3 4} JOBS_PER_GPU=${JOBS_PER_GPU:-1}
 logs=$RUNS/logs page=$RUNS/results/index.html lacking=" "
-[[ $mode != slurm || -z $demo ]] || wrong "--demo runs here, not on a cluster"
-[[ $JOBS_PER_GPU =~ ^[1-9][0-9]*$ ]] || wrong "JOBS_PER_GPU='$JOBS_PER_GPU' is not a number from 1"
+[[ $mode != slurm || -z $demo ]] || fail 2 "--demo runs here, not on a cluster"
+[[ $JOBS_PER_GPU =~ ^[1-9][0-9]*$ ]] || fail 2 "JOBS_PER_GPU='$JOBS_PER_GPU' is not a number from 1"
 
 # ---------------------------------------------------------------- jobs
 study() {  # one line a job: kind, model, init, folds. Fold 0 of everything comes first: whole tables soon
@@ -53,40 +53,34 @@ study() {  # one line a job: kind, model, init, folds. Fold 0 of everything come
       for model in $MODELS; do
         case $first$init in yesrandom|yesimagenet) ;; yes*) echo "pretrain $model $init" ;; esac
       done
-      for model in $MODELS; do echo "train $model $init $fold"; done
-      [ "$init" != random ] || [ -z "$baseline" ] || echo "train $baseline random $fold"
+      for model in $MODELS; do echo "train $model $init fold$fold"; done
+      [ "$init" != random ] || [ -z "$baseline" ] || echo "train $baseline random fold$fold"
     done
     first=""
   done
   [ "${OVERLAPS:-}" = no ] || [ ! -f overlaps.py ] || echo overlaps
 }
 
-describe() {  # sets kind, model, init, folds, name, ends (the last file of each run), args (given to python)
+describe() {  # sets kind, model, init, folds, log, ends (the last file of each run), args (given to python)
   local fold data=$DATA/bm
   read -r kind model init folds <<< "$1"
-  name=${1// /-} ends=("$RUNS/groups.csv") args=(overlaps.py --data "$data" --runs "$RUNS")
-  [ "$kind" != overlaps ] || return 0
-  ends=() name=$kind-$model-$init${folds:+-fold$folds}
+  log=$logs/${1// /-} folds=${folds#fold} ends=()
   for fold in ${folds//,/ }; do ends+=("$RUNS/train/$model/$init/fold$fold/predictions.csv"); done
-  [ "$kind" = train ] || ends=("$RUNS/pretrain/$model/$init/predictions.csv") data=$DATA/${init##*+}
+  [ "$kind" != pretrain ] || ends=("$RUNS/pretrain/$model/$init/predictions.csv") data=$DATA/${init##*+}
   args=("$kind.py" --model "$model" --init "$init" ${folds:+--fold ${folds//,/ }})
   args+=(--data "$data" --runs "$RUNS" "${options[@]}" ${device:+--device "$device"})
+  [ "$kind" != overlaps ] || ends=("$RUNS/groups.csv") args=(overlaps.py --data "$data" --runs "$RUNS")
 }
 
 finished() { local end; for end in "${ends[@]}"; do [ -f "$end" ] || return 1; done; }
-
-taken() {  # is the job running here, or, by train.py's word of the last minutes, elsewhere?
-  local log=$logs/$name
-  [ -f "$log.lock" ] && { flock -n -E 75 "$log.lock" true 2> /dev/null; [ $? != 75 ] || return 0; }
-  [ -f "$log.busy" ] && [ "$(find "$log.busy" -mmin -5)" ]
-}
 
 state() {  # sets now; waits: for its pre-training; blocked: that failed; missing: data or ImageNet weights
   describe "$1"
   now=todo
   if finished; then now="done"
-  elif taken; then now=running
-  elif [ -f "$logs/$name.failed" ]; then now=failed
+  elif [ -f "$log.lock" ] && { flock -n -E 75 "$log.lock" true 2> /dev/null; [ $? = 75 ]; }; then now=running
+  elif [ -f "$log.busy" ] && [ "$(find "$log.busy" -mmin -5)" ]; then now=running    # by hand, elsewhere
+  elif [ -f "$log.failed" ]; then now=failed
   elif [ "$kind" = pretrain ] && [ ! -d "$DATA/${init##*+}" ]; then now=missing
   elif [[ $kind$init =~ ^trainimagenet$|^pretrainimagenet && $lacking = *" $model "* ]]; then now=missing
   elif [ "$kind" = train ] && [ "$init" != random ] && [ "$init" != imagenet ]; then
@@ -96,27 +90,25 @@ state() {  # sets now; waits: for its pre-training; blocked: that failed; missin
 }
 
 states() { local job now; study | while read -r job; do state "$job"; echo "$now $job"; done; }
-
 left() { states | grep -v '^done\|^missing'; }
 
 progress() {  # how many runs are done, and how long the others will take, by the seconds in log.csv
-  local state job end
-  states | grep -v ' overlaps' | while read -r state job; do
+  local job
+  states | grep -v '^missing\|overlaps$' | while read -r _ job; do
     describe "$job"
-    for end in "${ends[@]}"; do
-      [ -f "$end" ] && printf "done" || printf "$state"
-      printf "\t$kind $model\t%s\n" "${end%/*}/log.csv"
-    done
+    printf "$kind $model\t%s\n" "${ends[@]%/*}"
   done | awk -F '\t' -v slots="${JOBS:-1}" '
-    $1 == "missing" { next }
-    { seconds = 0; while ((getline line < $3) > 0) { split(line, column, ","); seconds += column[7] } }
-    $1 == "done" { done++; count[$2]++; sum[$2] += seconds; total += seconds; next }
-    { others++; more[$2]++; begun += seconds }
+    {
+      seconds = 0
+      while ((getline line < ($2 "/log.csv")) > 0) { split(line, cell, ","); seconds += cell[7] }
+      if ((getline line < ($2 "/predictions.csv")) < 0) { others++; more[$1]++; begun += seconds; next }
+      done++; all += seconds; count[$1]++; sum[$1] += seconds
+    }
     END {
-      for (k in more) time += more[k] * (count[k] ? sum[k] / count[k] : done ? total / done : 0)
+      for (k in more) time += more[k] * (count[k] ? sum[k] / count[k] : all / (done + !done))
       printf "%d runs done, %d to go", done, others
-      time = time > begun ? (time - begun) / slots : 0
-      if (done) printf ", about %d h %02d min", time / 3600, time / 60 % 60 }'
+      time = (time - begun) / slots
+      if (time > 0) printf ", about %d h %02d min", time / 3600, time / 60 % 60 }'
 }
 
 # ---------------------------------------------------------------- running
@@ -124,19 +116,19 @@ run_job() {  # GPU, job: run it with its output in its log; its exit status, or 
   local status
   describe "$2"
   export CUDA_VISIBLE_DEVICES=${1#cpu}
-  exec 9> "$logs/$name.lock"
+  exec 9> "$log.lock"
   flock -w 0.5 -E 75 9 2> /dev/null; [ $? != 75 ] || return 75
-  if finished || [ -f "$logs/$name.failed" ]; then exec 9>&-; return 75; fi      # by another worker just now
-  rm -f "$logs/$name.busy"
-  echo "$(date +%T) [$(progress)] $name, log $logs/$name.log${CUDA_VISIBLE_DEVICES:+, GPU $1}"
-  echo "--- $(date '+%F %T') python ${args[*]}" >> "$logs/$name.log"
-  python "${args[@]}" >> "$logs/$name.log" 2>&1 9>&- &
+  if finished || [ -f "$log.failed" ]; then exec 9>&-; return 75; fi      # by another worker just now
+  rm -f "$log.busy"
+  echo "$(date +%T) [$(progress)] ${log##*/}, log $log.log${CUDA_VISIBLE_DEVICES:+, GPU $1}"
+  echo "--- $(date '+%F %T') python ${args[*]}" >> "$log.log"
+  python "${args[@]}" >> "$log.log" 2>&1 9>&- &
   wait $!; status=$?
   [ $status != 0 ] || finished || status=1
-  if [ $status = 75 ]; then touch "$logs/$name.busy"   # run by hand: looked at again in five minutes
+  if [ $status = 75 ]; then touch "$log.busy"          # run by hand: looked at again in five minutes
   elif [ $status != 0 ]; then
-    touch "$logs/$name.failed"
-    say "failed (status $status): $name: $(grep -v '^ *$' "$logs/$name.log" | tail -n 1 | cut -c 1-300)"
+    touch "$log.failed"
+    say "failed (status $status): ${log##*/}: $(grep -v '^ *$' "$log.log" | tail -n 1 | cut -c 1-300)"
   fi
   exec 9>&-
   return $status
@@ -154,31 +146,23 @@ refresh() { (  # the results so far, unless another worker is at it
   flock -n -E 75 9 2> /dev/null; [ $? = 75 ] || results
 ) 9> "$logs/refresh.lock" > "$logs/refresh.log" 2>&1; }
 
-stop() {  # status, message: ends what this shell started; each run keeps its last checkpoint
-  local slurm="" array=${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}
-  trap "" INT TERM
-  [ -z "${2:-}" ] || say "$2"
-  [ -z "$task" ] || slurm=$(squeue -h -j "$array" -o %T 2> /dev/null)
+stop() {  # end what this shell started; each run keeps its last checkpoint
+  trap "" INT TERM USR1
   kill -TERM $(jobs -p) 2> /dev/null
   wait
-  [ "$slurm" != RUNNING ] || scontrol requeue "$array"        # its time is nearly over; not after scancel
-  exit "$1"
 }
 
 work() {  # one worker of GPU $1: takes the first job that can be done, until nothing is left
   local now job status
-  trap "" INT; trap "stop 143" TERM                    # Ctrl-C reaches run_all.sh, which sends TERM
-  while now=$(states); do
-    if ! job=$(grep -m 1 '^todo ' <<< "$now"); then
-      grep -q '^running\|^waits' <<< "$now" || break
-      sleep 5 & wait $!; continue
-    fi
+  trap "" INT; trap "stop; exit 143" TERM              # Ctrl-C reaches run_all.sh, which sends TERM
+  while now=$(states | grep '^todo\|^running'); do
+    job=$(grep -m 1 '^todo' <<< "$now") || { sleep 5 & wait $!; continue; }
     run_job "$1" "${job#todo }"; status=$?
     if [ $status = 0 ]; then [ "$demo" ] || refresh &
     elif [ $status = 75 ]; then :
     elif [ "$1" != cpu ] && ! python -c 'import torch; torch.zeros(1).cuda()' 2> /dev/null; then
       say "GPU $1 does not work: no more jobs for it"
-      rm -f "$logs/$name.failed"; break                # another GPU may do it
+      rm -f "$log.failed"; break                       # another GPU may do it
     elif [ $status = 2 ]; then kill -USR1 $$; break    # wrong arguments: the same for every job
     fi
   done
@@ -189,24 +173,23 @@ submit() {  # job numbers, a pre-training to wait for: an array that Slurm reque
   local call="exec bash run_all.sh --task \$SLURM_ARRAY_TASK_ID"
   [ ${#options[@]} = 0 ] || call+=$(printf ' %q' "${options[@]}")
   sbatch --parsable --job-name=cells --array="$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} \
-    --cpus-per-task=8 $([ "$device" = cpu ] || echo --gres=gpu:1) --time=24:00:00 --signal=B:TERM@120 \
+    --cpus-per-task=8 $([ "$device" = cpu ] || echo --gres=gpu:1) --time=24:00:00 --signal=B:USR1@120 \
     --requeue --open-mode=append --output="$logs/slurm-%A_%a.out" ${SBATCH:-} \
     --wrap="$call${device:+ --device $device}" && echo "submitted: jobs $1" >&2
 }
 
 # ---------------------------------------------------------------- what was asked for
 if [ $mode = list ]; then
-  states | cat -n | while read -r number state job; do
+  states | cat -n | while read -r number now job; do
     describe "$job"
-    printf '%-4s %-8s python%s\n' "$number" "$state" "$(printf ' %q' "${args[@]}")"
+    printf '%-4s %-8s python%s\n' "$number" "$now" "$(printf ' %q' "${args[@]}")"
   done
   exit
 fi
 job=$(study | awk -v n="$task" 'NR == n')
-[ $mode != task ] || [ "$job" ] || wrong "--task '$task': no such job; see --list"
-[ -z "$demo" ] || echo "The demo takes some six minutes on two cores."
+[ $mode != task ] || [ "$job" ] || fail 2 "--task '$task': no such job; see --list"
 [ -z "$demo" ] || python tests/demo_data.py --out "$DATA" --size demo || exit 1
-mkdir -p "$logs" 2> /dev/null || { say "cannot write to $RUNS; name another folder with RUNS"; exit 1; }
+mkdir -p "$logs" 2> /dev/null || fail 1 "cannot write to $RUNS; name another folder with RUNS"
 gpus=(cpu)
 if [ "$device" != cpu ] && [ $mode != slurm ]; then
   export CUDA_DEVICE_ORDER=PCI_BUS_ID                  # nvidia-smi's numbers
@@ -214,18 +197,17 @@ if [ "$device" != cpu ] && [ $mode != slurm ]; then
   seen=$(grep -o 'MIG-[^)]*' <<< "$seen" || sed -n 's/^GPU \([0-9]*\):.*/\1/p' <<< "$seen")
   GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$seen}} gpus=(${GPUS//,/ })
   [[ $device != cuda:* ]] || gpus=(${gpus[${device#*:}]:-})     # each job sees one GPU, its number 0
-  [ ${#gpus[@]} -gt 0 ] || { say "no CUDA GPU found; try --demo, or --device cpu, for months"; exit 1; }
+  [ ${#gpus[@]} -gt 0 ] || fail 1 "no CUDA GPU found; try --demo, or --device cpu, for months"
   device=cuda
 fi
 
 if [ $mode = task ]; then
+  rm -f "$logs/${job// /-}.failed"
   state "$job"
-  case $now in
-    done) echo "job $task is done"; exit ;;
-    waits|blocked) say "job $task waits for its pre-training, which is not finished"; exit 1 ;;
-  esac
-  trap 'stop 130' INT; trap 'stop 143' TERM
-  describe "$job"; rm -f "$logs/$name.failed"
+  [ "$now" != "done" ] || { echo "job $task is done"; exit; }
+  [[ $now != @(waits|blocked) ]] || fail 1 "job $task waits for its pre-training, which is not finished"
+  trap 'stop; exit 130' INT; trap 'stop; exit 143' TERM
+  trap 'stop; scontrol requeue "${SLURM_ARRAY_JOB_ID}_$task"; exit 143' USR1     # Slurm: its time is over
   run_job "${gpus[0]}" "$job" || exit
   if left > /dev/null; then refresh; else results heatmaps; fi
   exit 0                                               # whatever became of the tables
@@ -234,7 +216,7 @@ fi
 if ! left > /dev/null && [ -f "$page" ] && [ ! "$(find "$RUNS" -name predictions.csv -newer "$page")" ]; then
   echo "Nothing left to do: see $page"; exit
 fi
-[ -d "$DATA/bm" ] || { say "$DATA/bm is missing (README, Data); --demo runs on synthetic cells"; exit 1; }
+[ -d "$DATA/bm" ] || fail 1 "$DATA/bm is missing (README, Data); --demo runs on synthetic cells"
 for init in $(states | awk '$1 == "missing" && $2 == "pretrain" {print $4}' | sort -u); do
   echo "skipped: $init, since $DATA/${init##*+} is missing"
 done
@@ -244,25 +226,24 @@ done
 need=$(left | awk '{ mb = $3 ~ /vgg|regnet/ ? 570 : $3 ~ /vit/ ? 1230 : $3 ~ /152/ ? 240 : 50   # of a best.pt
   all += mb * split($5 ".", folds, ","); if (mb > most) most = mb } END { print int(all + 6 * most) }')
 room=$(df -Pk "$RUNS" | awk 'END { print int($4 / 1024) }')
-[ "$need" -lt "$room" ] || { say "$RUNS: $room MB free, its checkpoints need about $need MB"; exit 1; }
+[ "$need" -lt "$room" ] || fail 1 "$RUNS: $room MB free, its checkpoints need about $need MB"
 
 if [ $mode = slurm ]; then
   table=$(states)
   numbers() { grep -n "$1" <<< "$table" | cut -d : -f 1 | paste -sd ,; }
-  free=$(numbers '^\(todo\|failed\) \(train\|overlaps\)')
-  [ -z "$free" ] || submit "$free" > /dev/null || exit
-  while IFS=": " read -r number _ _ model init; do
-    first=$(submit "$number") || exit
+  free=$(numbers '^\(todo\|failed\|running pretrain\)')
+  [ -z "$free" ] || array=$(submit "$free") || exit
+  while IFS=": " read -r number _ _ model init; do     # each pre-training, then what waits for it
     fed=$(numbers "^\(waits\|blocked\) train $model $init ")
-    [ -z "$fed" ] || submit "$fed" "$first" > /dev/null || exit
+    [ -z "$fed" ] || submit "$fed" "${array}_$number" > /dev/null || exit
   done < <(grep -n '^\(todo\|failed\|running\) pretrain' <<< "$table")
   exit
 fi
 
 # ---------------------------------------------------------------- the night
-trap 'stop 130 "stopped; the same command resumes"' INT
-trap 'stop 143 "stopped; the same command resumes"' TERM
-trap 'stop 2' USR1
+trap 'say "stopped; the same command resumes"; stop; exit 130' INT
+trap 'say "stopped; the same command resumes"; stop; exit 143' TERM
+trap 'stop; exit 2' USR1
 export JOBS=$((${#gpus[@]} * JOBS_PER_GPU))            # train.py shares the cores out
 [ "$device" != cpu ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))}
 flock -n -E 75 "$logs/refresh.lock" true 2> /dev/null

@@ -116,7 +116,7 @@ begun() { [ "$(slurms "$1")" ] && [ "$(cat "$RUNS/$2/log.csv" 2> /dev/null | wc 
 waited 300 "an epoch of task $victim" begun "$victim" train/shufflenet_v2_x0_5/random/fold1
 scancel "$(slurms "$victim")"
 waited 300 "an epoch of the pre-training" begun "$first" pretrain/shufflenet_v2_x0_5/cd
-scancel --batch --signal=TERM "$(slurms "$first")"       # as Slurm does two minutes before the time is over
+scancel --batch --signal=USR1 "$(slurms "$first")"       # as Slurm does two minutes before the time is over
 waited 900 "the queue to be empty" no_queue
 fact "state after scancel" "$(state "$victim")"
 fact "restarts of the pre-training" "$(scontrol show job -o | grep "ArrayTaskId=$first " | sed 's/.* Restarts=\([0-9]*\).*/\1/')"

@@ -275,7 +275,7 @@ def test_what_fails_twice_is_named_and_what_it_feeds_is_not_run(place):
     chosen = ONE | {"INITS": "cd random", "FOLDS": "0"}
     status, out, err = place.run("--device", "cpu", **chosen)
     assert status == 1 and place.jobs() == ["pretrain.py/resnet18/cd", "train.py/resnet18/random/0", "pretrain.py/resnet18/cd"]
-    assert "failed pretrain resnet18 cd" in err and "blocked train resnet18 cd 0" in err and f"see {place.runs}/logs" in err
+    assert "failed pretrain resnet18 cd" in err and "blocked train resnet18 cd fold0" in err and f"see {place.runs}/logs" in err
     (place.plan / "status-pretrain.py").unlink()
     assert place.run("--device", "cpu", **chosen)[0] == 0
 
@@ -456,17 +456,16 @@ def test_slurm_gets_arrays_with_their_dependencies(place):
     for place_in_order, words in enumerate(submitted, 1):
         array, = (word.split("=")[1] for word in words if word.startswith("--array="))
         arrays[array] = 100 + place_in_order, [word for word in words if word.startswith("--dependency")]
-        assert "--requeue" in words and "--signal=B:TERM@120" in words and "--gres=gpu:1" in words
+        assert "--requeue" in words and "--signal=B:USR1@120" in words and "--gres=gpu:1" in words
         assert words.index("--time=24:00:00") < words.index("--time=1:00:00") < len(words) and "--partition=gpu" in words
         assert r"--wrap=exec bash run_all.sh --task $SLURM_ARRAY_TASK_ID --stop-lr 0.005 --lr a\ b" in words
+    later = (("resnet18", "cd"), ("resnet18", "imagenet+cd"), ("resnet34", "imagenet+cd"))
     free = [numbers["train.py", *run] for run in (("resnet18", "random"), ("resnet34", "random"), ("resnet34", "cd"))]
-    wanted = {",".join(sorted(sum(free, []), key=int)): None}
-    for run in (("resnet18", "cd"), ("resnet18", "imagenet+cd"), ("resnet34", "imagenet+cd")):
-        first, = numbers["pretrain.py", *run]
-        wanted |= {first: None, ",".join(numbers["train.py", *run]): first}
-    assert set(arrays) == set(wanted)
-    for array, first in wanted.items():
-        assert arrays[array][1] == ([f"--dependency=afterok:{arrays[first][0]}"] if first else [])
+    free = ",".join(sorted(sum(free + [numbers["pretrain.py", *run] for run in later], []), key=int))
+    assert arrays.pop(free) == (101, [])
+    wanted = {",".join(numbers["train.py", *run]): f"101_{numbers['pretrain.py', *run][0]}" for run in later}
+    assert {array: needed for array, (_, needed) in arrays.items()} == {
+        array: [f"--dependency=afterok:{first}"] for array, first in wanted.items()}
 
 
 @pytest.mark.long
