@@ -7,6 +7,7 @@
 train.py makes the first one itself if there is none, and uses the one it finds, e.g. a published split.
 """
 import argparse
+import collections
 import csv
 import json
 import os
@@ -24,11 +25,11 @@ def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
 
     Of a class's n images each fold tests n/folds and validates with max(1, round(val * rest)) of the rest, or
     none of a rest of 1. With groups (one id an image) no group is in two parts of a fold, and counts are as
-    even as that allows. ValueError if folds, val or groups allow no such split.
+    even as that allows. ValueError if folds, val, seed or groups allow no such split.
     """
     targets = np.asarray(targets, np.int64)
-    if folds < 2 or not 0 < val < 1:
-        raise ValueError(f"{folds} folds, validation share {val}: at least 2 folds, a share between 0 and 1")
+    if folds < 2 or not 0 < val < 1 or seed < 0:
+        raise ValueError(f"folds {folds}, val {val}, seed {seed}: at least 2, between 0 and 1, at least 0")
     if groups is not None:
         return split_groups(targets, folds, val, seed, groups)
     first, parts = 0, np.full((len(targets), folds), "train", dtype="<U5")
@@ -52,7 +53,7 @@ def random_keys(seed, label, rows, columns):
 
 def split_groups(targets, folds, val, seed, groups):
     """make_splits where all images of a group are in one part."""
-    names, group = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
+    names, group = np.unique(np.asarray(groups, np.str_), return_inverse=True)
     classes, label = np.unique(targets, return_inverse=True)
     if len(names) < max(folds, 3):
         raise ValueError(f"{len(names)} groups are too few for {folds} folds: lower --folds, check --groups")
@@ -99,37 +100,30 @@ def write_splits(file, paths, labels, parts):
 
 
 def read_table(file, columns):
-    """Header and rows (lists of str) of a CSV whose fields are all filled, the first ones unique."""
-    rows = {}
+    """Header and rows (lists of str) of a CSV that begins with these columns; SystemExit if it is invalid."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            reader = csv.reader(handle)
-            for row in filter(None, reader):
-                if not rows and row[:len(columns)] != columns:
-                    raise ValueError(f"the header has to begin with {','.join(columns)}")
-                if "" in row or len(row) != len(rows.get("path", row)):
-                    raise ValueError("an incomplete row, or one too long")
-                if rows.setdefault(row[0], row) is not row:
-                    raise ValueError(f"{row[0]!r} is there a second time")
-            if len(rows) < 2:
-                raise ValueError("lists no image")
-    except OSError as error:
-        raise SystemExit(f"{file}: cannot be read ({error.strerror}); correct it or name another") from None
-    except (ValueError, csv.Error) as error:
-        raise SystemExit(f"{file}, line {reader.line_num}: {error}; correct it or make it anew") from None
-    return rows.pop("path"), list(rows.values())
+            header, *rows = list(filter(None, csv.reader(handle))) or [[]]
+    except (OSError, csv.Error) as error:
+        raise SystemExit(f"{file}: cannot be read ({error}); correct it or name another") from None
+    times = collections.Counter(row[0] for row in rows)
+    wrong = [row for row in rows if "" in row or len(row) != len(header) or times[row[0]] > 1]
+    if header[:len(columns)] != columns or not rows or wrong:
+        what = f"row {wrong[0]} is incomplete, too long or a second one" if wrong else f"header {header}"
+        raise SystemExit(f"{file}: no table of {','.join(columns)},... ({what}); correct it or make it anew")
+    return header, rows
 
 
 def read_splits(file):
     """Read a split: (paths list, labels list, parts str [N, folds]); SystemExit says which row is wrong."""
     header, rows = read_table(file, ["path", "label", "fold0"])
-    if header[2:] != [f"fold{k}" for k in range(len(header) - 2)]:
-        raise SystemExit(f"{file}, line 1: the folds have to be fold0,fold1,..., not {','.join(header[2:])}")
     paths, labels, *parts = map(list, zip(*rows))
+    if header[2:] != [f"fold{k}" for k in range(len(parts))]:
+        raise SystemExit(f"{file}: the folds have to be fold0,fold1,..., not {','.join(header[2:])}")
     parts = np.array(parts).T
-    for row, k in np.argwhere(~np.isin(parts, ["train", "val", "test"]))[:1]:
-        value = f"fold{k} is {str(parts[row, k])!r}"
-        raise SystemExit(f"{file}, row of {paths[row]!r}: {value}, not train, val or test")
+    for row, fold in np.argwhere(~np.isin(parts, ["train", "val", "test"]))[:1]:
+        value = str(parts[row, fold])
+        raise SystemExit(f"{file}, row of {paths[row]!r}: {value!r} is not train, val or test")
     return paths, labels, parts.astype("<U5")
 
 
@@ -193,9 +187,8 @@ def describe(targets, classes, parts, groups, twins):
     if groups is not None:
         order, sizes = np.argsort(groups), np.unique(groups, return_counts=True)[1]
         twins = {"share a group with": np.split(order, np.cumsum(sizes)[:-1])} | twins
-        lines.append(f"{len(sizes):,} groups, the largest of {sizes.max():,} images")
-        if sizes.max() == 1:
-            lines.append("every group is one image: does the regular expression take the image's number?")
+        hint = "" if sizes.max() > 1 else "; does the regular expression take the image's number?"
+        lines.append(f"{len(sizes):,} groups, the largest of {sizes.max():,} images{hint}")
     for kind, found in twins.items():
         lines.append(f"test images that {kind} a training image, by fold: {count_leaks(parts, found)}")
     return "\n".join(lines)
@@ -212,8 +205,6 @@ def main():
     parser.add_argument("--groups", nargs="+", help="CSVs of path,group, or regular expressions for paths")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
-    if args.folds < 2 or not 0 < args.val < 1 or args.seed < 0:
-        parser.error("--folds is 2 or more, --val between 0 and 1, --seed 0 or more")
     from datasets import open_dataset  # the functions above do without
     cells = open_dataset(args.data)
     paths, labels = cells.paths.tolist(), [cells.classes[target] for target in cells.targets]
@@ -228,7 +219,7 @@ def main():
     except re.error as error:
         parser.error(f"--groups {' '.join(args.groups)}: not a regular expression ({error})")
     except ValueError as error:
-        raise SystemExit(f"{args.data}: {error}") from None
+        parser.error(str(error))
     except OSError as error:
         raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another by --out") from None
     old = read_splits(args.out)

@@ -355,16 +355,16 @@ def test_the_command_writes_class_names_and_paths_of_files_of_every_kind(tmp_pat
 
 
 @pytest.mark.parametrize("content, where, what", [
-    ("", "lists no image", "anew"),
-    ("path,label,fold0\r\n", "lists no image", "anew"),
-    ("file,label,fold0\r\na,A,test\r\n", "line 1", "header"),
-    ("path,label\r\na,A\r\n", "line 1", "header"),
-    ("path,label,fold0,fold2\r\na,A,test,val\r\n", "line 1", "fold0,fold1"),
+    ("", "path,label,fold0", "anew"),
+    ("path,label,fold0\r\n", "header", "anew"),
+    ("file,label,fold0\r\na,A,test\r\n", "header", "'file'"),
+    ("path,label\r\na,A\r\n", "header", "['path', 'label']"),
+    ("path,label,fold0,fold2\r\na,A,test,val\r\n", "not fold0,fold2", "fold0,fold1"),
     ("path,label,fold0\r\na,A,test\r\nb,B,testing\r\n", "'b'", "'testing'"),
-    ("path,label,fold0\r\na,A,test\r\nb,B\r\n", "line 3", "incomplete"),
-    ("path,label,fold0\r\na,A,test\r\nb,,train\r\n", "line 3", "incomplete"),
-    ("path,label,fold0\r\na,A,test\r\nb,B,train,val\r\n", "line 3", "too long"),
-    ("path,label,fold0\r\na,A,test\r\nb,B,val\r\na,A,train\r\n", "line 4", "second time"),
+    ("path,label,fold0\r\na,A,test\r\nb,B\r\n", "['b', 'B']", "incomplete"),
+    ("path,label,fold0\r\na,A,test\r\nb,,train\r\n", "['b', '', 'train']", "incomplete"),
+    ("path,label,fold0\r\na,A,test\r\nb,B,train,val\r\n", "['b', 'B', 'train', 'val']", "too long"),
+    ("path,label,fold0\r\na,A,test\r\nb,B,val\r\na,A,train\r\n", "['a', 'A', 'test']", "second one"),
     ("path,label,fold0\r\na,A,te\0st\r\n", "", ""),
 ])
 def test_a_damaged_split_is_refused_with_one_line_that_names_file_and_place(tmp_path, content, where, what):
@@ -416,7 +416,7 @@ def test_training_uses_a_published_split_as_it_stands(tmp_path):
 
 @pytest.mark.parametrize("arguments, status", [
     (("--folds", "1"), 2), (("--val", "1.5"), 2), (("--seed", "-1"), 2), (("--groups", "(["), 2),
-    (("--data", "nowhere"), 1), (("--groups", "nothing(\\d+)"), 1), (("--out", "/proc/nothing/split.csv"), 1), (("--groups", "^."), 1)])
+    (("--data", "nowhere"), 1), (("--groups", "nothing(\\d+)"), 1), (("--out", "/proc/nothing/split.csv"), 1), (("--groups", "^."), 2)])
 def test_bad_arguments_end_in_one_line(tmp_path, command, arguments, status):
     write_tree(tmp_path / "data", [f"{label}/{i}.png" for label in "AB" for i in range(6)])
     ended, _, err = command("--data", tmp_path / "data", "--out", tmp_path / "out.csv", *arguments)
