@@ -65,8 +65,8 @@ def choose_device(device="auto"):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
         smi = not hidden and device == "cpu" and shutil.which("nvidia-smi")
         if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
-            raise ValueError(f"nvidia-smi lists a GPU, but PyTorch {torch.__version__} cannot use it; install a "
-                             "wheel that fits the driver, or use --device cpu")
+            raise ValueError(f"nvidia-smi lists a GPU, but PyTorch {torch.__version__} cannot use it; install "
+                             "a wheel that fits the driver, or use --device cpu")
         if device == "cpu":
             print("no CUDA device: training on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -304,7 +304,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
                 writing = writer.submit(save_epoch, folder, state | {"history": history[:], "best": best})
             left = datetime.timedelta(seconds=round((epochs - epoch) * seconds))
             print(f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
-                  f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left", flush=True)
+                  f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left",
+                  flush=True)
         if writing:
             writing.result()
     if rank == 0:
@@ -399,7 +400,7 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
 
 
 def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, amp, memory_format, optimizer, **images):
-    """Train net on train for some steps at a constant rate; its loss on val, the mean of half way and the end."""
+    """Train net on train for some steps at a constant rate; mean loss on val, half way and at the end."""
     device, layout = images["device"], LAYOUTS[memory_format]
     net.to(device, memory_format=layout)
     mean, std = (torch.tensor(images[key], dtype=torch.float32, device=device) for key in ("mean", "std"))
@@ -557,7 +558,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         if lr == "auto":
             search = common | {"memory_format": memory_format, "crop": crop}
             search |= {key: options[key] for key in ("batch_size", "seed", "optimizer", "epochs")}
-            first = [cells.subset(parts[:, 0] == part) for part in ("train", "val")]  # fold 0's, for all folds
+            first = [cells.subset(parts[:, 0] == part) for part in ("train", "val")]  # of fold 0, for all
             lr = from_rank_0(lambda: find_lr(shared, make_net, *first, **search))
         file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
         digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
