@@ -49,10 +49,11 @@ SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed sto
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 # confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
-# confusion of the images that overlap with no training image, or None
-Fold = namedtuple("Fold", "confusion scores train_images no_overlap", defaults=[None])
-# images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems and notes: lists of sentences
-Study = namedtuple("Study", "classes images runs problems notes")
+# confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict
+Fold = namedtuple("Fold", "confusion scores train_images no_overlap file config", defaults=[None] * 3)
+# images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems, notes: lists of sentences;
+# split: of read_split, or None; overlaps: one of the notes, or None
+Study = namedtuple("Study", "classes images runs problems notes split overlaps", defaults=[None] * 2)
 
 
 # ---------------------------------------------------------------- files
@@ -170,37 +171,36 @@ def read_overlaps(file, split):
 
 def read_study(runs):
     """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid."""
-    split = shared = None
-    classes, study, configs, problems, notes, absent = [], {}, {}, [], [], set()
+    split = shared = overlaps = None
+    classes, study, problems, notes, left_out = [], {}, [], set(), set()
     if Path(runs, "split.csv").exists():
         split = read_split(Path(runs, "split.csv"))
         if Path(runs, "overlaps.csv").exists():
-            shared, *notes = read_overlaps(Path(runs, "overlaps.csv"), split)
+            shared, overlaps = read_overlaps(Path(runs, "overlaps.csv"), split)
     for run, folds in find_runs(runs).items():
         for k, file in folds.items():
             try:
-                fold, classes, config = read_fold(file, k, classes, split, shared)
+                fold, classes = read_fold(file, k, classes, split, shared)
             except ValueError as error:
                 problems.append(str(error))
                 continue
             study.setdefault(run, {})[k] = fold
-            configs.setdefault(run, []).append(config)
-            absent |= {(k, c) for c in np.flatnonzero(fold.confusion.sum(1) == 0)}
+            left_out |= {path for path, _ in fold.config.get("left_out") or ()}
+            notes |= {(k, c) for c in np.flatnonzero(fold.confusion.sum(1) == 0)}
     if split is None:
         tested = [sum(one.confusion.sum(1) for one in folds.values()) for folds in study.values()]
         images = max(tested, key=sum, default=np.zeros(0, int))
     else:
-        every = itertools.chain(*configs.values())
-        left_out = [path for config in every for path, _ in config.get("left_out") or ()]
-        counts = split.label.drop(left_out, errors="ignore").value_counts()
+        counts = split.label.drop(list(left_out), errors="ignore").value_counts()
         images = counts.reindex(classes, fill_value=0).to_numpy()
-    notes += [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
-              for k, c in sorted(absent)]
-    return Study(classes, images, study, problems, notes + setting_notes(configs))
+    notes = [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
+             for k, c in sorted(notes)]
+    notes = [overlaps] * bool(overlaps) + notes + setting_notes(study)
+    return Study(classes, images, study, problems, notes, split, overlaps)
 
 
 def read_fold(file, k, classes, split, shared):
-    """Fold k of a run, its classes, its config.json; ValueError if they contradict each other or the split.
+    """Fold k of a run and its classes; ValueError if its files contradict each other or the split.
 
     classes: of the files before, [] for the first; shared: of read_overlaps, or None.
     """
@@ -226,14 +226,15 @@ def read_fold(file, k, classes, split, shared):
     if shared is not None:
         alone = ~shared[fold].loc[one.paths].to_numpy()
         no_overlap = count_confusion(one.labels[alone], one.predictions[alone], n)
-    return Fold(confusion, confusion_scores(confusion), float(train_images), no_overlap), one.classes, config
+    scores = confusion_scores(confusion)
+    return Fold(confusion, scores, float(train_images), no_overlap, file, config), one.classes
 
 
-def setting_notes(configs):
-    """Sentences on settings that differ between folds or rows; configs: {run: config.json of its folds}."""
+def setting_notes(runs):
+    """Sentences on settings that differ between the folds of a row, or between rows."""
     notes = []
     for key in SETTINGS:
-        used = {run: {str(one[key])[:12] for one in folds if key in one} for run, folds in configs.items()}
+        used = {run: {str(one.config.get(key))[:12] for one in runs[run].values()} - {"None"} for run in runs}
         for run, values in used.items():
             if len(values) > 1:
                 notes.append(f"{' '.join(paper_names(*run))}: its folds used different {key} "

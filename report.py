@@ -67,9 +67,9 @@ def reliability(confidence, right, bins=BINS):
     table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
     groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
     table = groups.agg(images=("right", "size"), confidence=("confidence", "mean"),
-                       share_right=("right", "mean"))
+                       share_right=("right", "mean")).reset_index(drop=True)
     gap = (table.images * abs(table.confidence - table.share_right)).sum() / table.images.sum()
-    return table.reset_index(drop=True).assign(low=edges[:-1], high=edges[1:], ece=gap)
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **table, "ece": gap})
 
 
 def sensitivity_at(scores, positive, specificity):
@@ -175,11 +175,12 @@ def frequencies(study, run, fold):
     return np.maximum(outside if outside.any() else study.images, 0.5)
 
 
-def read_folds(study, run, files, tested):
+def read_folds(study, run, tested):
     """([Fold] of one row of Table 4, why validation is missing or None)."""
     folds, missing = [], None
     try:
-        validated = {k: evaluate.read_predictions(files[k].with_name("val_predictions.csv")) for k in tested}
+        validated = {k: evaluate.read_predictions(fold.file.with_name("val_predictions.csv"))
+                     for k, fold in study.runs[run].items()}
     except ValueError as error:
         missing, validated = str(error), {}
     for k, test in tested.items():
@@ -211,16 +212,13 @@ def score_rows(folds, images):
 
 def calibration_rows(folds, study):
     """Rows variant, class, bin, ECE of all test images: top label (class ""), then each common class."""
-    labels, tables = np.concatenate([fold.labels for fold in folds]), []
+    labels, tables = np.concatenate([fold.labels for fold in folds]), {}
     for variant in sorted(folds[0].probabilities):
         p = np.concatenate([fold.probabilities[variant] for fold in folds])
-        sure = {"": (p.max(1), p.argmax(1) == labels)}
+        tables[variant, ""] = reliability(p.max(1), p.argmax(1) == labels)
         for c in np.flatnonzero(study.images >= evaluate.COMMON):
-            sure[study.classes[c]] = p[:, c], labels == c
-        for name, (confidence, right) in sure.items():
-            tables.append(reliability(confidence, right).assign(**{"variant": variant, "class": name}))
-    columns = ["variant", "class", "low", "high", "images", "confidence", "share_right", "ece"]
-    return pd.concat(tables)[columns].to_dict("records")
+            tables[variant, study.classes[c]] = reliability(p[:, c], labels == c)
+    return pd.concat(tables, names=["variant", "class"]).reset_index([0, 1]).to_dict("records")
 
 
 def coverage_rows(folds, classes):
@@ -247,11 +245,10 @@ def clinic_rows(folds, classes):
     """
     rows = []
     for name, variant in itertools.product([name for name in CLINIC if name in classes], PLAIN):
-        c, found, images = classes.index(name), [], 0
+        c, found = classes.index(name), []
         for fold in folds:
             scores, positive = fold.probabilities[variant][:, c], fold.labels == c
             found.append({"pr_auc": average_precision_score(positive, scores) if positive.any() else np.nan})
-            images += positive.sum()
             for wanted in SPECIFICITIES:
                 found[-1][f"sensitivity_{wanted}"] = sensitivity_at(scores, positive, wanted)[0]
                 if fold.val_labels is not None:
@@ -259,6 +256,7 @@ def clinic_rows(folds, classes):
                     above = scores > sensitivity_at(sure, fold.val_labels == c, wanted)[1]
                     found[-1][f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
                     found[-1][f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
+        images = sum((fold.labels == c).sum() for fold in folds)
         rows.append({"class": name, "variant": variant, "images": images})
         for key, values in pd.DataFrame(found).items():
             rows[-1] |= {f"{key}_mean": values.mean(), f"{key}_std": values.std()}
@@ -363,9 +361,9 @@ def of_scores(study, run, table4, pairs):
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
 
 
-def of_probabilities(study, run, files, tested, results):
+def of_probabilities(study, run, tested, results):
     """Scores, calibration, coverage and clinic of one row of Table 4; writes each as CSV."""
-    folds, missing = read_folds(study, run, files, tested)
+    folds, missing = read_folds(study, run, tested)
     tables = {"scores": score_rows(folds, study.images), "reliability": calibration_rows(folds, study),
               "coverage": [] if missing else coverage_rows(folds, len(study.classes)),
               "clinic": clinic_rows(folds, study.classes)}
@@ -390,29 +388,26 @@ def of_training(folder, folds, results):
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 
-def of_overlaps(runs, fingerprint):
-    """Overlaps, duplicates, twins {(path, fold) tested with a duplicate in training}, contradicted labels."""
-    split = evaluate.read_split(runs / "split.csv") if (runs / "split.csv").exists() else pd.DataFrame()
-    folds = split.columns.drop("label", errors="ignore")
+def of_overlaps(study, runs, fingerprint):
+    """Duplicates, twins {(path, fold) tested with a duplicate in training}, contradicted labels."""
     scans = [read(file) or {} for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
     pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.permutations(group, 2)]
-    file, note, contradicted, twins = runs / "overlaps.csv", None, {}, set()
-    if file.exists() and len(split):
-        note = evaluate.read_overlaps(file, split)[1]
-        table = pd.read_csv(file, dtype={"first": str, "second": str}, **evaluate.CSV)
+    split, contradicted, twins = study.split, {}, set()
+    if study.overlaps:
+        table = pd.read_csv(runs / "overlaps.csv", dtype={"first": str, "second": str}, **evaluate.CSV)
         same = np.hypot(table.dx, table.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
         for first, second in table.loc[same, ["first", "second"]].to_numpy():
             pairs += [(first, second, "same cell"), (second, first, "same cell")]
-    for one, other, kind in pairs:
-        if one in split.index and other in split.index:
-            if split.label[one] != split.label[other]:
-                contradicted[one] = split.label[other], f"{kind} as {other}"
+    for path, other, kind in pairs:
+        if split is not None and path in split.index and other in split.index:
+            one, two = split.loc[path], split.loc[other]
+            if one.label != two.label:
+                contradicted[path] = two.label, f"{kind} as {other}"
             if kind == "exact duplicate":
-                tested = (split.loc[one, folds] == "test") & (split.loc[other, folds] == "train")
-                twins.update((one, fold) for fold in folds[tested])
-    return {"overlaps": note, "duplicates": duplicates, "contradicted": contradicted, "twins": twins}
+                twins.update((path, fold) for fold in one.index[(one == "test") & (two == "train")])
+    return {"duplicates": duplicates, "contradicted": contradicted, "twins": twins}
 
 
 def title(model, init):
@@ -435,7 +430,7 @@ def main():
     if not args.runs.is_dir():
         raise SystemExit(f"{args.runs}: no such folder; name the one that train.py wrote with --runs")
     try:
-        study, files = evaluate.read_study(args.runs), evaluate.find_runs(args.runs)
+        study = evaluate.read_study(args.runs)
     except ValueError as error:
         raise SystemExit(f"{error}; put the file back that the runs were made with") from None
     results, said = args.runs / "results", "no fold is finished yet"
@@ -450,14 +445,14 @@ def main():
             if name not in study.runs:
                 names = ", ".join(map("/".join, study.runs))
                 raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
-        tested = {name: {fold: evaluate.read_predictions(files[name][fold]) for fold in study.runs[name]}
+        tested = {name: {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[name].items()}
                   for name in {run, *doubt}}
-        config = read(files[run][min(tested[run])].with_name("config.json")) or {}
+        config = study.runs[run][min(tested[run])].config
         values |= {"shown": run, "doubt": doubt, "config": config, "pairs": args.pairs, "table4": table4}
         values |= of_scores(study, run, table4, args.pairs)
-        values |= of_probabilities(study, run, files[run], tested[run], results)
+        values |= of_probabilities(study, run, tested[run], results)
         values |= of_training(args.runs / "train" / run[0] / run[1], tested[run], results)
-        values |= of_overlaps(args.runs, config.get("data"))
+        values |= of_overlaps(study, args.runs, config.get("data"))
         issues = label_issues(study, {name: tested[name] for name in doubt}, values["contradicted"])
         evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
         flagged = (issues.flagged == "yes").sum()

@@ -389,9 +389,9 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     (tmp_path / "data/bm.json").write_text(json.dumps(scan))
     pairs = ["first,second,dx,dy,difference,area", "A/a,B/b,9,-12,0.15,0.8", "A/c,B/d,16,0,0.15,0.8"]
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
-    found = report.of_overlaps(tmp_path, "f1")
+    found = report.of_overlaps(study := evaluate.read_study(tmp_path), tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
-    assert found["overlaps"].startswith("3 of 7 test images") and found["twins"] == {("A/e", "fold0"), ("B/f", "fold1"), ("A/g", "fold1")}
+    assert study.overlaps.startswith("3 of 7 test images") and found["twins"] == {("A/e", "fold0"), ("B/f", "fold1"), ("A/g", "fold1")}
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
     assert {path: label for path, (label, _) in found["contradicted"].items()} == {
