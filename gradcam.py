@@ -7,7 +7,6 @@ A cell is shown by the network of the fold that tested it. A heatmap is scaled t
 where evidence for a class is seen, not how much. Writes runs/results/gradcam_<model>_<init>_<CLASS>.png.
 """
 import argparse
-import csv
 import pathlib
 import re
 import signal
@@ -90,13 +89,10 @@ def batch_for(info, cells, device):
 def best_run(runs):
     """(model, init) of Table 4's best row: most folds, then highest F1."""
     file = runs / "results" / "table4.csv"
-    try:
-        with open(file, encoding="utf-8", newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
-    except (OSError, KeyError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "invalid"
-        raise SystemExit(f"{file}: {why}; first run evaluate.py, or name --model and --init") from None
+    if not file.exists():
+        raise SystemExit(f"{file}: no such file; first run evaluate.py, or name --model and --init")
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+    best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
     return best["model"], best["init"]
 
 

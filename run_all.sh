@@ -170,12 +170,11 @@ work() {  # one worker of GPU $1: takes the first job that can be done, until no
 }
 
 submit() {  # job numbers, a pre-training to wait for: an array that Slurm requeues at a time-out; its number
-  local call="exec bash run_all.sh --task \$SLURM_ARRAY_TASK_ID"
-  [ ${#options[@]} = 0 ] || call+=$(printf ' %q' "${options[@]}")
+  call=$(printf ' %q' run_all.sh "${options[@]}" ${device:+--device "$device"})
   sbatch --parsable --job-name=cells --array="$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} \
     --cpus-per-task=8 $([ "$device" = cpu ] || echo --gres=gpu:1) --time=24:00:00 --signal=B:USR1@120 \
     --requeue --open-mode=append --output="$logs/slurm-%A_%a.out" ${SBATCH:-} \
-    --wrap="$call${device:+ --device $device}" && echo "submitted: jobs $1" >&2
+    --wrap="exec bash$call --task \$SLURM_ARRAY_TASK_ID" && echo "submitted: jobs $1" >&2
 }
 
 # ---------------------------------------------------------------- what was asked for

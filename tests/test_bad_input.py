@@ -307,7 +307,7 @@ TABLES = [
     case("report, pairs empty", REPORT + " --pairs {tmp}/p.csv", 1, "{tmp}/p.csv: no CSV with columns label,accepted",
          both(copied("runs"), put("p.csv", ""))),
     case("prior of no run", PRIOR, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
-    case("gradcam, no run at all", "gradcam.py --runs {tmp}/runs", 1, "{tmp}/runs/results/table4.csv: No such file|evaluate.py"),
+    case("gradcam, no run at all", "gradcam.py --runs {tmp}/runs", 1, "{tmp}/runs/results/table4.csv: no such file|evaluate.py"),
     case("gradcam, no run", FIGURES, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
     case("gradcam, cut short", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}|invalid predictions|train that fold again",
          copied("runs", PREDICTIONS, half)),

@@ -458,7 +458,7 @@ def test_slurm_gets_arrays_with_their_dependencies(place):
         arrays[array] = 100 + place_in_order, [word for word in words if word.startswith("--dependency")]
         assert "--requeue" in words and "--signal=B:USR1@120" in words and "--gres=gpu:1" in words
         assert words.index("--time=24:00:00") < words.index("--time=1:00:00") < len(words) and "--partition=gpu" in words
-        assert r"--wrap=exec bash run_all.sh --task $SLURM_ARRAY_TASK_ID --stop-lr 0.005 --lr a\ b" in words
+        assert r"--wrap=exec bash run_all.sh --stop-lr 0.005 --lr a\ b --task $SLURM_ARRAY_TASK_ID" in words
     later = (("resnet18", "cd"), ("resnet18", "imagenet+cd"), ("resnet34", "imagenet+cd"))
     free = [numbers["train.py", *run] for run in (("resnet18", "random"), ("resnet34", "random"), ("resnet34", "cd"))]
     free = ",".join(sorted(sum(free + [numbers["pretrain.py", *run] for run in later], []), key=int))
