@@ -537,8 +537,7 @@ def write_tables(study, results):
 
 def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` is no error
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")
     parser.add_argument("--compare", metavar="TABLE4.CSV", help="print these numbers beside ours")
     args = parser.parse_args()

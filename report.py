@@ -153,13 +153,13 @@ def label_issues(study, tested, contradicted={}):
         p, paths, labels = mean.to_numpy(), *(mean.index.get_level_values(i) for i in (0, 1))
         suggested, _, flagged = doubtful(labels, p, enough)
         flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
-        table = pd.DataFrame({"label": classes[labels], "suggested": classes[suggested], "score": np.nan,
-                              "flagged": flagged, "fold": fold}, paths.rename("path"))
         rows = np.arange(len(p))
-        table["p_label"], table["p_suggested"], table["kind"] = p[rows, labels], np.nan, "prediction"
+        table = pd.DataFrame({
+            "label": classes[labels], "suggested": classes[suggested], "score": np.nan, "flagged": flagged,
+            "fold": fold, "p_label": p[rows, labels], "p_suggested": np.nan, "kind": "prediction"}, paths)
         table.update(known)
         table["p_suggested"] = p[rows, classes.get_indexer(table.suggested)]
-        tables.append(table.reset_index())
+        tables.append(table.rename_axis("path").reset_index())
     if not tables:
         raise SystemExit("--doubt names rows that have no finished fold in common")
     table = pd.concat(tables)
@@ -355,8 +355,7 @@ def of_scores(study, run, table4, pairs):
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4),
             "axis": (np.floor(f1.min()) / 10, np.ceil(f1.max()) / 10), "paper4": paper4, "paper5": paper5,
-            "statements": evaluate.statements(study, comparisons),
-            "table5": table5.to_dict("records"),
+            "statements": evaluate.statements(study, comparisons), "table5": table5.to_dict("records"),
             "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
 
@@ -379,12 +378,11 @@ def of_probabilities(study, run, tested, results):
 def of_training(folder, folds, results):
     """Learning curves, range test and heatmaps of the row of Table 4 in this folder."""
     logs = {f"fold {fold}": read(folder / f"fold{fold}/log.csv") for fold in folds}
-    logs = {fold: log for fold, log in logs.items() if log is not None}
+    curves = pd.concat(logs, names=["fold"]) if any(log is not None for log in logs.values()) else None
     measured = read(folder / "measured.json") or {}
     rates = {f"tried {rate:.2g}: {score:.3g}": rate for rate, score in measured.get("candidates") or ()}
     rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
-    return {"curves": pd.concat(logs, names=["fold"]) if logs else None, "rates": rates,
-            "tried": read(folder / "lr_range.csv"),
+    return {"curves": curves, "rates": rates, "tried": read(folder / "lr_range.csv"),
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
 
 
@@ -441,10 +439,9 @@ def main():
                 if args.model in (None, row["model"]) and args.init in (None, row["init"])]
         run = evaluate.best_run(rows) if rows else (args.model or "any network", args.init or "any init")
         doubt = [tuple(name.split("/", 1)) for name in args.doubt] or [run]
-        for name in [run, *doubt]:
-            if name not in study.runs:
-                names = ", ".join(map("/".join, study.runs))
-                raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
+        for name in {run, *doubt} - set(study.runs):
+            names = ", ".join(map("/".join, study.runs))
+            raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
         tested = {name: {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[name].items()}
                   for name in {run, *doubt}}
         config = study.runs[run][min(tested[run])].config
