@@ -189,10 +189,8 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     folder, paths, unread = find_images(images, out)
     nets, infos = zip(*(models.load_checkpoint(file) for file in tqdm(checkpoints, "networks", disable=None)))
     classes = infos[0]["classes"]
-    for file, info in zip(checkpoints, infos):
-        for key in ("classes", "image_size"):
-            if info[key] != infos[0][key]:
-                raise SystemExit(f"{file}: another {key} than of {checkpoints[0]}; these can't be averaged")
+    if len({(*info["classes"], info["image_size"]) for info in infos}) > 1:
+        raise SystemExit(f"{', '.join(checkpoints)}: of different classes or image sizes, can't be averaged")
     ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for info in infos], 0))
     names = dict(zip(classes, classes)) | (read_pairs(mapping) if mapping else {})
     strange = set(names.values()) - {*classes, ""}

@@ -280,7 +280,7 @@ CHECKPOINTS = [
     case("predict, pickled code", JUDGE, 1, "{tmp}/best.pt: damaged|holds more than tensors", saved(lambda best: torch.nn.Linear(1, 1))),
     case("predict, of other classes", JUDGE, 1, "{tmp}/best.pt|size mismatch", saved(lambda best: best | {"classes": ["A", "B"]})),
     case("gradcam, best.pt of a fold gone", FIGURES, 1, f"{{tmp}}/runs/{FOLD}/best.pt: No such file", copied("runs", f"{FOLD}/best.pt")),
-    case("predict, two that don't fit", JUDGE + " --checkpoint {tmp}/best.pt {tmp}/other.pt", 1, "{tmp}/other.pt: another classes",
+    case("predict, two that don't fit", JUDGE + " --checkpoint {tmp}/best.pt {tmp}/other.pt", 1, "{tmp}/other.pt: of different classes",
          both(saved(dict), saved(lambda best: best | {"classes": ["X", "Y", "Z"]}, "other.pt"))),
 ]
 TABLES = [

@@ -295,7 +295,7 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     content = models.read_checkpoint(checkpoint(runs, 1))
     torch.save(content | {"classes": content["classes"][::-1]}, tmp_path / "other.pt")
     message = refusal(monkeypatch, "--checkpoint", checkpoint(runs, 0), tmp_path / "other.pt", *options)
-    assert "other.pt: another classes" in message
+    assert "other.pt: of different classes" in message
     assert not out.exists()
     for args in ((), ("--model", "resnet18"), ("--model", "resnet18", "--init", "random"), ("--checkpoint", "best.pt")):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
