@@ -161,12 +161,12 @@ class Cells:
     "test" [N] or None: arrays, since reference counts of lists would copy every page into every worker.
     """
 
-    def __init__(self, root, name, classes, paths, targets, notes=(), read=None, files=..., groups=None,
+    def __init__(self, root, name, classes, paths, targets, notes=(), read=None, files=None, groups=None,
                  parts=None):
         self.root, self.name, self.classes, self.notes = pathlib.Path(root), name, list(classes), list(notes)
         self.paths, self.targets, self.read = np.asarray(paths, np.str_), np.asarray(targets, np.int64), read
-        if files is ...:
-            files = [os.path.abspath(root) + f"/{path}" for path in paths] if read is None else None
+        if files is None and read is None:
+            files = [f"{os.path.abspath(root)}/{path}" for path in paths]
         columns = (files, groups, parts)
         self.files, self.groups, self.parts = [None if c is None else np.asarray(c, np.str_) for c in columns]
 
@@ -298,8 +298,15 @@ def crop_boxes(folder, coco, part):
         for image in tqdm(content["images"], f"{file}: cropping cells", unit="image", disable=None):
             name = image["file_name"].replace("\\", "/")
             stem = clean(pathlib.PurePath(name).with_suffix(""))
-            parents = (folder, folder / "images", folder / file.stem, folder / file.stem / "images")
-            picture, problem = open_picture([parent / name for parent in parents], image)
+            places = [folder / some / name for some in ("", "images", file.stem, f"{file.stem}/images")]
+            picture, problem = np.zeros((0, 0, 3), np.uint8), None
+            try:
+                picture = read_image(next(filter(pathlib.Path.is_file, places), places[0]))
+                height, width = picture.shape[:2]
+                if (image.get("height") or height, image.get("width") or width) != (height, width):
+                    problem = "their image is not of the size that the JSON says"
+            except ValueError:
+                problem = "their image is missing or unreadable; once it is there, remove .crops"
             for box in boxes.pop(image["id"], ()):
                 label, (x, y, w, h) = labels.get(box["category_id"]), box["bbox"]
                 crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
@@ -322,19 +329,6 @@ def crop_boxes(folder, coco, part):
 def clean(name):
     """A name as one level of a path."""
     return str(name).replace("/", "-").strip(". ") or "unnamed"
-
-
-def open_picture(places, image):
-    """The first file that is there, image its entry in the JSON: (picture, None) or (no pixels, why not)."""
-    empty = np.zeros((0, 0, 3), np.uint8)
-    try:
-        picture = read_image(next(filter(pathlib.Path.is_file, places), places[0]))
-    except ValueError:
-        return empty, "their image is missing or unreadable; once it is there, remove .crops"
-    height, width = picture.shape[:2]
-    if (image.get("height") or height, image.get("width") or width) != (height, width):
-        return empty, "their image is not of the size that the JSON says"
-    return picture, None
 
 
 def open_pcam(folder, name):

@@ -137,12 +137,9 @@ def elect(ballots, images, far):
     other = np.r_[True, pair[1:] != pair[:-1], True]
     ballots = ballots[~(other[1:] & other[:-1])]  # a pair's only vote, not a strict one, does not count
     ballots, votes = np.unique(ballots, return_counts=True)
-    near, weights = [], []
-    for beside in np.add.outer((-1, 0, 1), (-2 * far, 0, 2 * far)).ravel():  # corners may be a pixel beside
-        near.append(ballots + beside)
-        weights.append(votes * (2 if beside else 3))
-    ballots, row = np.unique(np.concatenate(near), return_inverse=True)
-    weights = np.bincount(row, np.concatenate(weights))
+    beside = np.add.outer((-1, 0, 1), (-2 * far, 0, 2 * far)).reshape(-1, 1)  # corners may be a pixel beside
+    ballots, row = np.unique(ballots + beside, return_inverse=True)
+    weights = np.bincount(row.ravel(), (votes * np.where(beside, 2, 3)).ravel())
     ballots, weights = ballots[weights > 4], weights[weights > 4]  # one strict vote, or two
     pair = ballots // (2 * far)**2
     order = np.lexsort((-weights, pair))
@@ -177,7 +174,7 @@ def find_candidates(cells):
     if frequent:
         share = frequent / (TABLES * len(image))
         print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
-    del bits, places, tones  # memory for the election, which looks at a slice of the pairs at a time
+    del bits, places, tones, image  # memory for the election, which looks at a slice of the pairs at a time
     ballots, shifts = sort_ballots(ballots), (2 * far)**2
     ends = np.searchsorted(ballots, (ballots[4 * BLOCK::4 * BLOCK] // shifts + 1) * shifts)
     parts = [part for part in np.split(ballots, ends) if len(part)]
