@@ -47,6 +47,7 @@ PAPER_RATIO = 0.20 / 0.64       # test images / training images of the paper's s
 SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr".split()
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
+# paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 # confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
 # confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict
@@ -112,10 +113,7 @@ def find_runs(runs):
 
 
 def read_predictions(file):
-    """Predictions(paths list, labels and predictions int64 [N], probabilities float64 [N,C], classes list).
-
-    Classes and columns are in class_order, whatever the header's order. ValueError for an invalid file.
-    """
+    """Predictions of a predictions.csv, whatever its columns' order; ValueError for an invalid file."""
     text = ("path", "label", "prediction")
     with error_context(file):
         content = Path(file).read_bytes()
@@ -200,10 +198,7 @@ def read_study(runs):
 
 
 def read_fold(file, k, classes, split, shared):
-    """Fold k of a run and its classes; ValueError if its files contradict each other or the split.
-
-    classes: of the files before, [] for the first; shared: of read_overlaps, or None.
-    """
+    """Fold k of a run and its classes; ValueError if these are not `classes`, or the split contradicts it."""
     one, fold, config, train_images, no_overlap = read_predictions(file), f"fold{k}", {}, np.nan, None
     n, expected = len(one.classes), len(one.paths)
     with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
@@ -235,10 +230,9 @@ def setting_notes(runs):
     notes = []
     for key in SETTINGS:
         used = {run: {str(one.config.get(key))[:12] for one in runs[run].values()} - {"None"} for run in runs}
-        for run, values in used.items():
-            if len(values) > 1:
-                notes.append(f"{' '.join(paper_names(*run))}: its folds used different {key} "
-                             f"({', '.join(sorted(values))}), so they don't repeat one experiment.")
+        notes += [f"{' '.join(paper_names(*run))}: its folds used different {key} "
+                  f"({', '.join(sorted(values))}), so they don't repeat one experiment."
+                  for run, values in used.items() if len(values) > 1]
         every = set().union(*used.values())
         if key != "lr" and len(every) > max(map(len, used.values()), default=0):
             notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
@@ -383,11 +377,7 @@ def split_ratio(folds):
 
 
 def comparison_rows(study, table4):
-    """comparisons.csv, DataFrame: macro F1 of every row against the best, of every init against ImageNet.
-
-    Over the folds that both have; Holm within each of the two families. smallest_difference: needed in the
-    first step of Holm's procedure, at this pair's spread.
-    """
+    """comparisons.csv, DataFrame: macro F1 against the best row and against ImageNet, in the common folds."""
     rows = []
     for family, run in itertools.product(("best", "imagenet"), study.runs):
         other = best_run(table4) if family == "best" else (run[0], "imagenet")
@@ -399,6 +389,7 @@ def comparison_rows(study, table4):
     table = pd.DataFrame(rows, columns=COMPARISON)
     for _, part in table.groupby("family"):
         table.loc[part.index, "p_holm"] = holm(part.p)
+        # the smallest significant difference in the first step of Holm's procedure, at this pair's spread
         quantile = special.stdtrit(part.folds - 1, 1 - LEVEL / 2 / max(1, part.p.count()))
         table.loc[part.index, "smallest_difference"] *= quantile
     return table

@@ -136,9 +136,8 @@ def doubtful(labels, probabilities, enough):
 def label_issues(study, tested, contradicted={}):
     """DataFrame of label_issues.csv, most doubtful first: images with a more probable class than the label.
 
-    By the mean prior-corrected probabilities of the rows of Table 4 in tested {(model, init): {fold:
-    Predictions}}, on the folds that all have. contradicted {path: (label of the same cell elsewhere, why it
-    is the same)} are flagged and come first.
+    By the mean prior-corrected probabilities of tested {(model, init): {fold: Predictions}}, on common folds.
+    contradicted {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
     """
     classes, enough, tables = pd.Index(study.classes), study.images >= ENOUGH, []
     known = pd.DataFrame.from_dict(contradicted, "index", columns=["suggested", "kind"]).assign(flagged="yes")
@@ -239,10 +238,7 @@ def coverage_rows(folds, classes):
 
 
 def clinic_rows(folds, classes):
-    """Rows class, variant and, against the rest, mean and std of PR-AUC and sensitivity at SPECIFICITIES.
-
-    sensitivity_: off the test images' curve; val_sensitivity_, val_specificity_: with validation's threshold.
-    """
+    """Rows class, variant, scores against the rest over the folds; val_: with validation's threshold."""
     rows = []
     for name, variant in itertools.product([name for name in CLINIC if name in classes], PLAIN):
         c, found = classes.index(name), []
