@@ -160,7 +160,7 @@ def read_overlaps(file, split):
     trained, tested = (folds == "train").loc[other].groupby(one).any(), folds == "test"
     shared = tested & trained.reindex(folds.index, fill_value=False)
     note = (f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
-            f"image of their fold ({len(known):,} pairs); f1_no_overlap and accuracy_no_overlap omit them, "
+            f"image of their fold ({len(known):,} pairs); the last columns of Table 4 omit them, "
             "but don't measure what the overlap does: these may be harder or easier cells.")
     if len(pairs) > len(known):
         note += f" {len(pairs) - len(known):,} pairs are ignored: their images are not in split.csv."
@@ -329,8 +329,8 @@ def draw_confusion(matrix, images, classes, title):
     cells.set(xlabel="Predicted class", ylabel="True class")
     figure.suptitle(title, y=1 - 0.2 / height, va="center", parse_math=False,
                     fontsize=min(12, 115 * width / (len(title) + 1)))
-    bars.barh(range(n), images, color="tab:gray")
-    bars.set(xscale="log", xlabel="Images", xlim=(0.8, 2 * max(images)))
+    bars.bar_label(bars.barh(range(n), images, color="tab:gray"), fontsize=8, padding=2)
+    bars.set(xscale="log", xlabel="Images", xlim=(0.8, 9 * max(images)))
     png = io.BytesIO()
     figure.savefig(png, dpi=130)
     return png.getvalue()

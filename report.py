@@ -449,7 +449,8 @@ def main():
         issues = label_issues(study, {name: tested[name] for name in doubt}, values["contradicted"])
         evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
         flagged = (issues.flagged == "yes").sum()
-        values |= {"issues": issues, "flagged": flagged, "doubts": issues[:GALLERY].to_dict("records")}
+        first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
+        values |= {"issues": issues, "flagged": flagged, "doubts": first.to_dict("records")}
         # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
         values["roots"] = [pathlib.Path(config.get("root") or args.data), args.data, *args.data.glob("*/"),
                            *args.data.glob("*/*/")]

@@ -187,8 +187,11 @@ if [ $mode = list ]; then
 fi
 job=$(study | awk -v n="$task" 'NR == n')
 [ $mode != task ] || [ "$job" ] || fail 2 "--task '$task': no such job; see --list"
-[ -z "$demo" ] || python tests/demo_data.py --out "$DATA" --size demo || exit 1
 mkdir -p "$logs" 2> /dev/null || fail 1 "cannot write to $RUNS; name another folder with RUNS"
+if [ "$demo" ]; then
+  python tests/demo_data.py --out "$DATA" --size demo || exit 1
+  echo "A demonstration: a program drew these cells; small networks trained for minutes." > "$RUNS/note.txt"
+fi
 gpus=(cpu)
 if [ "$device" != cpu ] && [ $mode != slurm ]; then
   export CUDA_DEVICE_ORDER=PCI_BUS_ID                  # nvidia-smi's numbers

@@ -433,14 +433,15 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
     assert browser.complaints() == []
 
 
-def test_the_gallery_is_the_head_of_label_issues(browser, page):
-    """Same images in the same order; the CSV reads back any file name, bytes that are no text included."""
+def test_the_gallery_shows_label_issues_flagged_ones_first(browser, page):
+    """Same images in the same order but for that; the CSV reads back any file name, bytes that are no text included."""
     browser.open(page, 1280)
     shown = browser.run("[...document.querySelectorAll('.cell')].map(c => [c.dataset.path, c.dataset.label, c.dataset.suggested])")
     with open(page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert len(shown) == 60 and len(rows) > 60
-    assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in rows[:60]]
+    order = [row for row in rows if row["flagged"] == "yes"] + [row for row in rows if row["flagged"] != "yes"]
+    assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in order[:60]]
     assert any("\udcff" in row["path"] for row in rows)
     assert [row["kind"].split(" as ")[0] for row in rows[:3]] == ["exact duplicate", "exact duplicate", "prediction"]
     assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.UNFOLDED
