@@ -155,7 +155,10 @@ def read_checkpoint(path):
 def load_checkpoint(path):
     """(trained network in eval mode, float32, CPU; dict of all else in a best.pt). SystemExit if unfit."""
     info = read_checkpoint(path)
-    net = build_model(info["model"], len(info["classes"]), None, info["image_size"])
+    try:
+        net = build_model(info["model"], len(info["classes"]), None, info["image_size"])
+    except ValueError as error:  # a model that this torchvision does not have
+        raise SystemExit(f"{path}: {error}; {OURS}") from None
     load_state(net, info.pop("state_dict"), path, info["model"], head=True)
     return net.eval(), info
 

@@ -84,6 +84,7 @@ def test_damaged_files_are_named(tmp_path):
     ({"classes": CLASSES[:2], "train_counts": [1, 2]}, "size mismatch for fc.weight"),
     ({"classes": None}, "it lacks classes"),
     ({"state_dict": None}, "no checkpoint of ours"),
+    ({"model": "resnet17"}, "resnet17"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, change, named):
     file = tmp_path / "best.pt"
