@@ -44,7 +44,7 @@ COMMON = 100                    # f1_common averages the classes of at least so 
 LEVEL = 0.05                    # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64       # test images / training images of the paper's split, used without a split.csv
 # Settings in config.json that all folds should share; all rows, too, but for the learning rate
-SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr".split()
+SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr weights".split()
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 # paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
@@ -234,7 +234,7 @@ def setting_notes(runs):
                   f"({', '.join(sorted(values))}), so they don't repeat one experiment."
                   for run, values in used.items() if len(values) > 1]
         every = set().union(*used.values())
-        if key != "lr" and len(every) > max(map(len, used.values()), default=0):
+        if key not in ("lr", "weights") and len(every) > max(map(len, used.values()), default=0):
             notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
     return notes
 

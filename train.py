@@ -45,16 +45,20 @@ import splits
 MOMENTUM = 0.9  # SGD without weight decay
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05
-TRIAL_RATES = (1 / 10, 1 / 3, 1, 10 / 3, 10)  # of the middle one
-TRIAL_STEPS, TRIAL_IMAGES = (20, 300), 2000  # fewest and most steps of each; validation images
+
+# what --optimizer and --schedule take; of an optimizer, the middle one of the rates that --lr auto tries
+OPTIMIZERS, SCHEDULES = {"sgd": 3e-3, "adamw": 3e-4}, ("plateau", "cosine")
+TRIAL_SHARES = (1 / 10, 1 / 3, 1, 10 / 3, 10)  # the rates tried, as shares of that one
+TRIAL_MIN_STEPS, TRIAL_MAX_STEPS, TRIAL_VAL_IMAGES = 20, 300, 2000
 
 EVAL_BATCH_SIZE = 64
 BUSY = 75  # exit status EX_TEMPFAIL
-WEIGHTS, DROPOUT, TRIAL = 3, 4, 5  # begin the keys of random streams, as datasets.ORDER and AUGMENTATION do
+WEIGHTS, DROPOUT, TRIAL = 3, 4, 5  # begin the keys of random streams; datasets.py has 1 and 2
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find an engine",
                  "Unable to find a valid cuDNN algorithm", "CUBLAS_STATUS_ALLOC_FAILED")
+DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 
 
 # ---------------------------------------------------------------- setup
@@ -152,12 +156,8 @@ def sum_of_ranks(tensor, buffers=()):
 
 
 # ---------------------------------------------------------------- optimizers and schedules
-OPTIMIZERS = {"sgd": 3e-3, "adamw": 3e-4}  # name: the middle of the rates that --lr auto tries
-SCHEDULES = ("plateau", "cosine")
-
-
 def make_optimizer(name, net, lr):
-    """The paper's optimizer (sgd) or another; fused, or fp16's scaler would read back every step."""
+    """The paper's optimizer (sgd) or another; fused, or fp16's scaler would wait for the GPU every step."""
     if name == "adamw":
         return torch.optim.AdamW(net.parameters(), lr, fused=True)
     assert name == "sgd", name
@@ -194,7 +194,7 @@ def train_epoch(net, batches, optimizer, scaler, mean, std, device, amp, layout)
 
 
 def timed(batches, steps, batch_size):
-    """The batches; after the 50th (the first 10 compile and warm up) says how long so many steps take."""
+    """Yield the batches; after the 50th (the first 10 warm up) print the speed and how long steps take."""
     for number, batch in enumerate(batches, 1):
         yield batch
         if number == 10:
@@ -206,10 +206,11 @@ def timed(batches, steps, batch_size):
 
 
 @torch.inference_mode()
-def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", amp="off", alone=False):
+def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", amp="off",
+            memory_format="channels_last", alone=False):
     """Logits, float32 [N, C] on the CPU, of N images (Cells), resized and normalised; net in eval mode.
 
-    The ranks of torchrun share the images, unless this one is alone.
+    The ranks of torchrun share the images, unless alone (one rank calls it).
     """
     device, (rank, number) = torch.device(device), (0, 1) if alone else ranks()
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
@@ -219,14 +220,15 @@ def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", am
     logits = torch.zeros(len(data), len(data.classes), device=device)
     net.eval()
     for row, (images, _) in zip(rows, tqdm(batches, "predicting", leave=False, disable=rank > 0 or None)):
+        images = images.to(device, non_blocking=True).contiguous(memory_format=LAYOUTS[memory_format])
         with torch.autocast(device.type, AMP_DTYPES[amp], amp != "off"):
-            out = net(datasets.normalise(images.to(device, non_blocking=True), mean, std))
+            out = net(datasets.normalise(images, mean, std))
         logits[row.start:row.stop] = out.float()
     return logits.cpu() if alone else sum_of_ranks(logits).cpu()
 
 
 def wrap(net, device, compile):
-    """net for the training steps: shared by the ranks, compiled. All else uses net itself."""
+    """The module for the training steps: shared by the ranks, compiled. Evaluation and saving use net."""
     cuda, number = device.type == "cuda", ranks()[1]
     if compile and cuda and any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules()):
         print("--compile: left out, since synchronised batch norm breaks the graph in every layer")
@@ -252,7 +254,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     cuda, (rank, number) = device.type == "cuda", ranks()
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-    prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device}
+    prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device,
+                  "amp": amp, "memory_format": memory_format}
     net.to(device, memory_format=layout)
     if cuda and number > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -279,14 +282,14 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
             losses = train_epoch(wrapped, steps, optimizer, scaler, mean, std, device, amp, layout)
             train_loss = (sum_of_ranks(losses, net.buffers()) / number).cpu().mean().item()
             speed = len(batches) * batch_size / (time.perf_counter() - start)
-            logits, targets = predict(net, val, amp=amp, **prediction), torch.from_numpy(val.targets)
+            logits, targets = predict(net, val, **prediction), torch.from_numpy(val.targets)
             val_loss = cross_entropy(logits, targets).item()
             accuracy = (logits.argmax(1) == targets).double().mean().item()
             if writing:
                 writing.result()
             if not math.isfinite(train_loss + val_loss):
                 raise SystemExit(f"{folder}: the loss is not finite in epoch {epoch}, at rate {rate:.3g}; "
-                                 "start again in another --runs folder with a lower --lr or --amp off")
+                                 "remove the folder and start again with a lower --lr or --amp off")
             if schedule == "plateau":
                 scheduler.step(val_loss)
             else:
@@ -294,13 +297,13 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch, "lr": rate, "train_loss": train_loss, "val_loss": val_loss,
                             "val_accuracy": accuracy, "images_per_second": speed, "seconds": seconds})
-            state = {name: to_cpu(part.state_dict()) for name, part in parts.items()}
-            if best is None or accuracy > best["val_accuracy"]:
-                counts = np.bincount(train.targets, minlength=len(train.classes)).tolist()
-                best = {**(info or {}), "classes": train.classes, "train_counts": counts, "fold": fold,
-                        "mean": mean.tolist(), "std": std.tolist(), "image_size": image_size, "epoch": epoch,
-                        "val_accuracy": accuracy, "state_dict": state["net"]}
             if rank == 0:
+                state = {name: to_cpu(part.state_dict()) for name, part in parts.items()}
+                if best is None or accuracy > best["val_accuracy"]:
+                    counts = np.bincount(train.targets, minlength=len(train.classes)).tolist()
+                    best = {**(info or {}), "classes": train.classes, "train_counts": counts, "fold": fold,
+                            "mean": mean.tolist(), "std": std.tolist(), "image_size": image_size,
+                            "epoch": epoch, "val_accuracy": accuracy, "state_dict": state["net"]}
                 writing = writer.submit(save_epoch, folder, state | {"history": history[:], "best": best})
             left = datetime.timedelta(seconds=round((epochs - epoch) * seconds))
             print(f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
@@ -399,68 +402,70 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
     return finder.history["lr"], [*smoothed[:1].tolist(), *losses.tolist()]
 
 
-def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, amp, memory_format, optimizer, **images):
-    """Train net on train for some steps at a constant rate; mean accuracy on val, half way and at the end."""
-    device, layout = images["device"], LAYOUTS[memory_format]
+def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, **options):
+    """Train net on train for some steps at a constant rate; mean recall of the classes of val, half way and
+    at the end. options: predict's."""
+    device, amp, layout = options["device"], options["amp"], LAYOUTS[options["memory_format"]]
     net.to(device, memory_format=layout)
-    mean, std = (torch.tensor(images[key], dtype=torch.float32, device=device) for key in ("mean", "std"))
+    mean, std = (torch.tensor(options[key], dtype=torch.float32, device=device) for key in ("mean", "std"))
     optimizer = make_optimizer(optimizer, net, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
     order.batches = steps // 2
-    batches = datasets.Batches(train, images["image_size"], seed, 0, crop)
-    batches = datasets.loader(batches, order, images["workers"], device.type == "cuda")
-    accuracies = []
-    for order.epoch in (1, 2):
-        half = iter(batches)
-        seed_all(DROPOUT, seed, 0, order.epoch, 0)
-        half = tqdm(half, f"trying the rate {lr:g}", len(batches), False, disable=None)
-        train_epoch(net, half, optimizer, scaler, mean, std, device, amp, layout)
-        logits = predict(net, val, amp=amp, alone=True, **images)
-        accuracies.append((logits.argmax(1).numpy() == val.targets).mean())
-    return float(np.mean(accuracies))
+    batches = datasets.Batches(train, options["image_size"], seed, 0, crop)
+    batches = datasets.loader(batches, order, options["workers"], device.type == "cuda")
+    recalls, images = [], np.bincount(val.targets)
+    for half in (1, 2):
+        order.epoch = half
+        iterator = iter(batches)
+        seed_all(DROPOUT, seed, 0, half, 0)
+        iterator = tqdm(iterator, f"trying the rate {lr:g}", len(batches), leave=False, disable=None)
+        train_epoch(net, iterator, optimizer, scaler, mean, std, device, amp, layout)
+        right = predict(net, val, alone=True, **options).argmax(1).numpy() == val.targets
+        recalls.append((np.bincount(val.targets, right)[images > 0] / images[images > 0]).mean())
+    print(f"rate {lr:g}: mean recall {np.mean(recalls):.4f} after {steps // 2} and {steps} steps", flush=True)
+    return float(np.mean(recalls))
 
 
-def find_lr(folder, make_net, train, val, *, epochs, **options):
+def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **options):
     """The initial learning rate of a model and init, once for all folds, from fold 0 (measured.json).
 
-    The range test says where the loss explodes; of five half decades, those below are tried on a new network
-    each, and that of the highest validation accuracy is taken. Both together take at most half of one fold's
-    steps. A run too short for that, or one in which no rate learns so soon, takes the middle one.
+    The range test says where the loss explodes. Each of five rates that lies below is tried on a new network;
+    the one of the highest mean recall is taken. Both together take at most half of one fold's steps. A run
+    too short for that, or in which no network learns so soon, takes the middle one.
     """
-    file, batches = folder / "measured.json", math.ceil(len(train) / options["batch_size"])
-    steps = min((epochs * batches // 2 - RANGE_STEPS) // len(TRIAL_RATES), TRIAL_STEPS[1])
+    file, steps = folder / "measured.json", epochs * math.ceil(len(train) / options["batch_size"])
+    steps = min((steps // 2 - RANGE_STEPS) // len(TRIAL_SHARES), TRIAL_MAX_STEPS)
     middle = OPTIMIZERS[options["optimizer"]]
-    some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))[:TRIAL_IMAGES]
+    tried = [float(f"{middle * share:.1g}") for share in TRIAL_SHARES]
+    some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))[:TRIAL_VAL_IMAGES]
+    val = val.subset(np.sort(some))
+    same = {key: options[key] for key in ("optimizer", "batch_size", "image_size", "seed")}
+    same |= {"epochs": epochs, "data": data, "weights": weights}
     with datasets.file_lock(folder / "measured.lock"):
         found = datasets.read_json(file) if file.exists() else {}
-        for key in ("optimizer", "batch_size", "image_size"):
-            if found.setdefault(key, options[key]) != options[key]:
-                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {options[key]}; give this "
-                                 "row a --name of its own, or name another folder with --runs")
+        for key, value in same.items():
+            if found.setdefault(key, value) != value:
+                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {value}; remove it, or give "
+                                 "this row a --name of its own")
         if "lr" in found:
             return found["lr"]
-        rate, best = middle, np.bincount(val.targets[some]).max() / len(some)
-        why = "none could be tried in so few steps"
-        if steps >= TRIAL_STEPS[0]:
+        found["candidates"], chance = [], 1 / len(np.unique(val.targets))
+        if steps >= TRIAL_MIN_STEPS:
             rates, losses = range_test(make_net(0), train, **options)
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
                 csv.writer(handle).writerows([("lr", "loss"), *zip(rates, losses)])
-            found["candidates"], why = [], "none beats naming the most frequent class"
-            for share in TRIAL_RATES:
-                lr = float(f"{middle * share:.1g}")
-                if lr < rates[-1]:
-                    score = try_lr(make_net(0), train, val.subset(np.sort(some)), lr, steps=steps, **options)
-                    print(f"{folder}: rate {lr:g}: accuracy {score:.4f} after {steps} steps", flush=True)
-                    found["candidates"].append([lr, score])
-                    rate, best, why = (lr, score, None) if score > best else (rate, best, why)
+            for lr in [lr for lr in tried if lr < rates[-1]]:
+                found["candidates"].append((lr, try_lr(make_net(0), train, val, lr, steps=steps, **options)))
             torch.cuda.empty_cache()  # other jobs of this GPU may need it
-        if why:
-            print(f"{folder}: learning rate {middle:g}, since of the rates {why}; --lr sets another")
-        found["lr"] = rate
+        found["lr"], best = max(found["candidates"], key=lambda row: row[1], default=(middle, 0))
+        if best <= chance:
+            why = "no network learned in the trial" if best else "too few steps to try rates"
+            print(f"{folder}: {why}: learning rate {middle:g}; --lr sets another")
+            found["lr"] = middle
         with datasets.open_atomic(file, "w") as handle:
             json.dump(found, handle)
-    return rate
+    return found["lr"]
 
 
 # ---------------------------------------------------------------- one run
@@ -468,7 +473,7 @@ def find_lr(folder, make_net, train, val, *, epochs, **options):
 def lock(folder):
     """Hold the run's lock inside the block; yields False if another process holds it.
 
-    lockf, not flock: data workers would inherit that one. datasets.file_lock, for what is made once, waits.
+    By lockf: a flock would live on in data workers. (datasets.file_lock, for what is made once, waits.)
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as handle:
@@ -507,7 +512,15 @@ def check_settings(folder, settings):
     if changed:
         changed = "; ".join(f"{key} was {before.get(key)}, is now {settings[key]}" for key in changed)
         raise SystemExit(f"{folder}: begun with other settings ({changed}); use those, remove the folder, or "
-                         "name another with --runs")
+                         "name another with --runs (and copy split.csv there)")
+
+
+def digest(file):
+    """SHA-256 of a file in hexadecimal; None for None."""
+    if file is None:
+        return None
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def versions():
@@ -537,6 +550,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     settings |= {key: value for key, value in options.items() if key not in ("device", "workers", "compile")}
     device, images = options["device"], {"mean": info["mean"], "std": info["std"]}
     common = images | {key: options[key] for key in ("image_size", "workers", "device", "amp")}
+    file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
 
     def make_net(number):
         seed_all(WEIGHTS, options["seed"], number)
@@ -547,23 +561,25 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
             print(f"{folder}: busy, another process is working on it", file=sys.stderr)
             return BUSY
         amp = settings.pop("amp")  # a finished run is not refused where auto chooses another precision
+        if file is None or os.path.exists(file):  # ImageNet's may still have to be fetched
+            settings["weights"] = digest(file)
         check_settings(folder, settings | ({} if lr == "auto" else {"lr": lr}))
         if from_rank_0(lambda: (folder / "predictions.csv").exists()):
             (folder / "last.pt").unlink(missing_ok=True)
             print(f"{folder}: finished, nothing to do")
             return 0
         net = make_net(fold)
+        settings["weights"] = digest(file)
         if memory_format == "auto":  # grouped convolutions are slow in channels_last on some GPUs
             grouped = any(getattr(module, "groups", 1) > 1 for module in net.modules())
             memory_format = "contiguous" if grouped and device.type == "cuda" else "channels_last"
+        common["memory_format"] = memory_format
         if lr == "auto":
-            search = common | {"memory_format": memory_format, "crop": crop}
-            search |= {key: options[key] for key in ("batch_size", "seed", "optimizer", "epochs")}
+            search = common | {key: options[key] for key in ("batch_size", "seed", "optimizer", "epochs")}
+            search |= {"crop": crop, "data": info["fingerprint"], "weights": settings["weights"]}
             first = [cells.subset(parts[:, 0] == part) for part in ("train", "val")]  # of fold 0, for all
             lr = from_rank_0(lambda: find_lr(shared, make_net, *first, **search))
-        file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
-        digest = file and hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-        settings |= {"weights": digest, "lr": lr, "amp": amp, "memory_format": memory_format}
+        settings |= {"lr": lr, "amp": amp, "memory_format": memory_format}
         check_settings(folder, settings)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         record = {"name": shared.name, "root": os.path.abspath(cells.root), "left_out": info["unreadable"],
@@ -600,6 +616,8 @@ def publish(folder, net, val, test, **options):
 
 def write_predictions(file, cells, logits):
     """CSV of path, label, prediction and the probability of each class, from logits [N, C]; by rank 0."""
+    if not logits.isfinite().all():
+        raise SystemExit(f"{file}: some probabilities are not finite; train anew, with --amp off")
     if ranks()[0]:
         return
     with datasets.open_atomic(file, "w") as handle:
@@ -716,7 +734,7 @@ def explain(error):
                 "under torchrun the range test has a whole batch on one GPU, which --lr RATE does without")
     if "C compiler" in text or "C++ compiler" in text:
         return "--compile: no C++ compiler found; install g++, or train without --compile"
-    if isinstance(error, OSError) or any(words in text for words in ("DataLoader", *datasets.UNREADABLE)):
+    if isinstance(error, OSError) or any(words in text for words in (*DEAD_WORKER, *datasets.UNREADABLE)):
         named = getattr(error, "filename", None)
         text = f"{named}: {error.strerror}" if named else text.splitlines()[-1]
         return f"{text}; put it right, or name another folder with --runs, and the same command resumes"

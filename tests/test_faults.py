@@ -462,7 +462,9 @@ def test_one_process_a_run(starter, cells, tmp_path):
 
 def test_a_data_worker_dies(starter, cells, tmp_path):
     """The OOM killer takes a data worker: the run ends with a line, and leaves no process behind."""
-    script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1))
+    # epochs of a second: the signal must not come while the workers of a validation are forked, where Python ignores what
+    # PyTorch's handler raises, and the loader would wait for its timeout of ten minutes
+    script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1, "--image-size", 224, "--batch-size", 2))
     until(lambda: len(log(fold_of(tmp_path))) >= 1 or script.poll() is not None, script)
     for pid in script.family():
         if pid != script.pid:

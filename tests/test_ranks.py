@@ -42,7 +42,7 @@ class Run:
             self.process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT,
                                             env=ENVIRONMENT, start_new_session=True)
 
-    def end(self, seconds=240):
+    def end(self, seconds=1200):
         """(exit status, all that was printed); whatever still runs then is killed, and the test fails."""
         try:
             return self.process.wait(seconds), self.output.read_text()
@@ -58,7 +58,7 @@ class Run:
             found += [int(pid) for pid in (task / "children").read_text().split()]
         return sorted(pid for pid in found if b"train.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=900):
         """Wait until condition() holds."""
         end = time.monotonic() + seconds
         while not condition():
