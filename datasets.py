@@ -45,6 +45,7 @@ SOURCES = {"bm": "doi.org/10.7937/TCIA.AXH3-T579", "cd": "github.com/kuku-sichua
            "pcam": "github.com/basveeling/pcam"}
 PARTS = re.compile("train|test|val|image|mask|annotation", re.IGNORECASE)  # begin names that are no classes
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
+ORIENTATION = 0x0112  # of EXIF
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
 COCO = {"images", "annotations", "categories"}  # keys of its JSON files
 ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams, since numpy pads short keys with zeros
@@ -245,7 +246,10 @@ def open_classes(folder, name, notes=()):
     if len(classes) < 2:
         what = f"{len(classes)} class folder(s) with images and {len(stray)} images outside any (in {root})"
         raise SystemExit(f"{folder}: {what}; at least 2 are needed: unpacked, one folder a class")
-    if all(map(PARTS.match, classes)):
+    inside = [{path.split("/")[0] for path in images[label] if "/" in path} for label in classes]
+    alike = len(inside[0]) > 1 and all(names == inside[0] for names in inside)  # of train/A, train/B, test/A
+    numbered = any(re.fullmatch(r"\d+-\d+", name) or PARTS.match(name) for name in inside[0])
+    if alike and not numbered or sum(map(bool, map(PARTS.match, classes))) > 1:
         why = f"{', '.join(classes[:3])} look like parts of a data set, not classes; name one with --data"
         raise SystemExit(f"{root}: {why}, or put a COCO set's JSON files beside its image folders")
     notes = [*notes, *(f"class folder {x} holds no image: left out" for x in below if x not in images)]
@@ -271,7 +275,7 @@ def open_coco(folder, name, coco):
                 shutil.rmtree(part, ignore_errors=True)  # what a killed cropping left
                 try:
                     notes = crop_boxes(folder, coco, part)
-                except (KeyError, TypeError, ValueError) as error:
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
                     files = ", ".join(map(str, coco))
                     raise SystemExit(f"{files}: no COCO detection set ({error!r}); fetch it again") from None
                 if not part.exists():
@@ -299,26 +303,33 @@ def crop_boxes(folder, coco, part):
             name = image["file_name"].replace("\\", "/")
             stem = clean(pathlib.PurePath(name).with_suffix(""))
             places = [folder / some / name for some in ("", "images", file.stem, f"{file.stem}/images")]
+            place = next(filter(pathlib.Path.is_file, places), places[0])
             picture, problem = np.zeros((0, 0, 3), np.uint8), None
             try:
-                picture = read_image(next(filter(pathlib.Path.is_file, places), places[0]))
+                picture = read_image(place)
+                with Image.open(place) as header:
+                    if header.getexif().get(ORIENTATION, 1) != 1:
+                        problem = "their image is turned by its EXIF data, and the boxes may not be"
                 height, width = picture.shape[:2]
                 if (image.get("height") or height, image.get("width") or width) != (height, width):
-                    problem = "their image is not of the size that the JSON says"
-            except ValueError:
+                    problem = problem or "their image is not of the size that the JSON says"
+            except (OSError, ValueError):
                 problem = "their image is missing or unreadable; once it is there, remove .crops"
             for box in boxes.pop(image["id"], ()):
-                label, (x, y, w, h) = labels.get(box["category_id"]), box["bbox"]
+                label, area = labels.get(box["category_id"]), box.get("bbox") or ()
+                x, y, w, h = area if len(area) == 4 and all(map(math.isfinite, area)) else (0, 0, 0, 0)
                 crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
                 thin = min(w, h) <= 1 and "width or height of 1 or less, no cell"
                 why = problem or thin or (min(crop.shape[:2]) <= 1 and "outside the image")
+                key = (place, label, x, y, w, h)
+                why = why or (key in taken and "listed twice")
                 if why or label is None:
                     dropped[why or "of an unknown category"] += 1
                     continue
                 cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
                 if cell in taken:  # another JSON file's image or box of that name
                     cell += f"-{len(taken)}"
-                taken.add(cell)
+                taken |= {cell, key}
                 (part / label).mkdir(parents=True, exist_ok=True)
                 png = cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
                 (part / f"{cell}.png").write_bytes(png)

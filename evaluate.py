@@ -156,9 +156,11 @@ def read_overlaps(file, split):
     with error_context(file):
         pairs = pd.read_csv(file, dtype=str, usecols=["first", "second"], **CSV)
     known, folds = pairs[pairs.isin(split.index).all(axis=1)].to_numpy(), split.drop(columns="label")
-    one, other = np.concatenate([known, known[:, ::-1]]).T
-    trained, tested = (folds == "train").loc[other].groupby(one).any(), folds == "test"
-    shared = tested & trained.reindex(folds.index, fill_value=False)
+    rows = split.index.get_indexer(known.ravel()).reshape(-1, 2)
+    trained, tested, shared = folds == "train", folds == "test", np.zeros(folds.shape, bool)
+    for one, other in (rows.T, rows.T[::-1]):
+        np.logical_or.at(shared, one, trained.to_numpy()[other])
+    shared = tested & shared
     note = (f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
             f"image of their fold ({len(known):,} pairs); the last columns of Table 4 omit them, "
             "but don't measure what the overlap does: these may be harder or easier cells.")
@@ -527,7 +529,8 @@ def write_tables(study, results):
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` is no error
+    if hasattr(signal, "SIGPIPE"):                          # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")
     parser.add_argument("--compare", metavar="TABLE4.CSV", help="print these numbers beside ours")

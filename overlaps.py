@@ -82,14 +82,18 @@ def find_corners(image):
 def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
     def work(index):
-        return find_corners(cells[index])
+        try:
+            return find_corners(cells[index])
+        except ValueError:  # not readable: no corners
+            return find_corners(np.zeros((1, 1, 3), np.uint8))
     counts, fields = [], (bytearray(), bytearray(), bytearray())  # which grow in place: half the memory
     for corners in datasets.in_threads(work, range(len(cells)), "corners", "image"):
         counts.append(len(corners[0]))
         for field, part in zip(fields, corners):
             field += part.tobytes()
     if 0 in counts:
-        print(f"{counts.count(0)} images have no corner (flat or tiny): not compared", file=sys.stderr)
+        why = "no corner (flat, tiny or unreadable)"
+        print(f"{counts.count(0)} images have {why}: not compared", file=sys.stderr)
     bits, places, tones = map(np.frombuffer, fields, (np.uint8, np.uint16, np.float16))
     image = np.repeat(np.arange(len(cells), dtype=np.int32), counts)
     return bits.reshape(-1, 32), places.reshape(-1, 2), tones.reshape(-1, 2), image

@@ -146,6 +146,14 @@ def folder_labels(paths, names):
     return found
 
 
+def heatmap_file(folder, path):
+    """folder/<path>.png; a name that would be too long for a file system is cut and gets a digest."""
+    above, name = os.path.split(path)
+    if len(os.fsencode(name)) > 200:
+        name = f"{name[:40]}-{hashlib.sha1(os.fsencode(name)).hexdigest()}"
+    return folder / above / f"{name}.png"
+
+
 def predict_images(nets, infos, cells, ratio, device, maps):
     """The networks' mean probabilities as trained, float [N,C], of cells.
 
@@ -167,7 +175,7 @@ def predict_images(nets, infos, cells, ratio, device, maps):
             heats = np.mean([gradcam.heatmaps(*both, labels) for both in zip(nets, batches)], 0)
             for path, (_, picture), heat in zip(paths, read, heats):
                 both = np.hstack([picture, gradcam.overlay(picture, heat)])
-                with datasets.open_atomic(maps / f"{path}.png") as handle:
+                with datasets.open_atomic(heatmap_file(maps, path)) as handle:
                     image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
     return np.concatenate(out)
 

@@ -109,7 +109,8 @@ def read_table(file, columns):
     times = collections.Counter(row[0] for row in rows)
     wrong = [row for row in rows if "" in row or len(row) != len(header) or times[row[0]] > 1]
     if header[:len(columns)] != columns or not rows or wrong:
-        what = f"row {wrong[0]} is incomplete, too long or a second one" if wrong else f"header {header}"
+        row = f"row {str(wrong[:1])[1:150]} is incomplete, too long or a second one"
+        what = row if wrong else f"header {header}"
         raise SystemExit(f"{file}: no table of {','.join(columns)},... ({what}); correct it or make it anew")
     return header, rows
 

@@ -88,18 +88,18 @@ def test_boxes_over_the_border_are_clipped_and_boxes_outside_dropped(tmp_path):
 
 
 def test_boxes_without_a_cell_are_dropped_and_counted(tmp_path, capfd):
-    """Width or height of 1 (the publisher's warning), 0 or less; each reason with its count, on stderr as well."""
-    thin = [[5, 5, 1, 30], [5, 5, 30, 1], [5, 5, 1.0, 1.0], [5, 5, 0, 9], [5, 5, -4, 9]]
+    """Width or height of 1 (the publisher's warning), 0 or less, no number, no box; each reason with its count, on stderr as well."""
+    thin = [[5, 5, 1, 30], [5, 5, 30, 1], [5, 5, 1.0, 1.0], [5, 5, 0, 9], [5, 5, -4, 9], [5, 5, float("nan"), 9], [5, 5, 9], None]
     boxes = BOXES + [(10 + i, 1, 3, box) for i, box in enumerate(thin)]
     boxes += [(30, 1, 99, [5, 5, 9, 9]), (31, 1, 98, [5, 5, 9, 9]), (32, 55, 3, [5, 5, 9, 9])]
     write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, boxes)
     cells = datasets.open_dataset(tmp_path / "cd")
     assert len(cells) == 3 and sorted(cells.notes) == [
         "1 boxes dropped: of an unknown image", "2 boxes dropped: of an unknown category",
-        "5 boxes dropped: width or height of 1 or less, no cell"]
+        "8 boxes dropped: width or height of 1 or less, no cell"]
     with contextlib.chdir(tmp_path):
         train.open_checked("cd", "runs")
-    assert "5 boxes dropped" in capfd.readouterr().err
+    assert "8 boxes dropped" in capfd.readouterr().err
     assert datasets.open_dataset(tmp_path / "cd").notes == cells.notes  # nor are they forgotten when nothing is cropped any more
 
 
@@ -140,17 +140,18 @@ def test_several_files_may_use_the_same_names_and_numbers(tmp_path):
 
 
 def test_a_box_number_used_twice_loses_no_cell(tmp_path):
-    """In one image and class a number may come as often as it likes."""
-    boxes = [(1, 3, 0), (1, 7, 10), (2, 3, 20), (1, 3, 30), (1, 3, 40)]
+    """In one image and class a number may come as often as it likes; the very same box twice is one cell."""
+    boxes = [(1, 3, 0), (1, 7, 10), (2, 3, 20), (1, 3, 30), (1, 3, 40), (1, 3, 40)]
     write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)},
                [(1, image, category, [x, 0, 9, 9]) for image, category, x in boxes])
     cells = datasets.open_dataset(tmp_path / "cd")
     columns = sorted((label, int(image[0, 0, 0])) for (label, _), image in crops(cells).items())
-    assert columns == [("hsil", 0), ("hsil", 20), ("hsil", 30), ("hsil", 40), ("lsil", 10)] and cells.notes == []
+    assert columns == [("hsil", 0), ("hsil", 20), ("hsil", 30), ("hsil", 40), ("lsil", 10)]
+    assert cells.notes == ["1 boxes dropped: listed twice"]
 
 
-def test_boxes_that_two_files_list_are_named_as_duplicates(tmp_path):
-    """A part of train.json beside it, as people make them, all pictures in images/: one group an image, duplicates are said."""
+def test_a_second_json_over_the_same_pictures_counts_no_box_twice(tmp_path):
+    """A part of train.json beside it, as people make them, all pictures in images/: every box once, and one image stays one group."""
     images, boxes = {1: ("one.png", 5), 2: ("two.png", 6)}, [(n, 1 + n % 2, 3 + 4 * (n > 5), [n, n, 9, 9]) for n in range(1, 7)]
     folder = tmp_path / "cd"
     write_coco(folder, "train", images, boxes)
@@ -159,9 +160,21 @@ def test_boxes_that_two_files_list_are_named_as_duplicates(tmp_path):
     for file in folder.glob("*.png"):
         file.rename(folder / "images" / file.name)
     cells = datasets.open_dataset(folder)
-    assert sorted(int(image[0, 0, 0]) for image in crops(cells).values()) == [1, 1, 2, 2, 3, 3, 4, 5, 6, 50]
+    assert sorted(int(image[0, 0, 0]) for image in crops(cells).values()) == [1, 2, 3, 4, 5, 6, 50]
+    assert cells.notes == ["3 boxes dropped: listed twice"]
     assert set(cells.groups) == {"one", "two"}
-    assert [len(group) for group in datasets.check_dataset(cells, tmp_path / "runs")["duplicates"]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_boxes_of_a_picture_that_exif_turns_are_dropped(tmp_path, orientation):
+    """Nobody knows whether they were drawn on the stored picture or on the one that viewers turn."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)}, [*BOXES, *((i + 100, 2, *rest) for i, _, *rest in BOXES)])
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(picture(5)).save(tmp_path / "cd/one.png", exif=exif)
+    cells = datasets.open_dataset(tmp_path / "cd")
+    assert len(cells) == len(BOXES) and all("two" in path for path in cells.paths)
+    assert any("turned by its EXIF" in note for note in cells.notes)
 
 
 def test_pictures_of_another_size_than_the_json_says(tmp_path):
@@ -202,8 +215,12 @@ def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
 
 PARTS = {
     "names": ["train/1.png", "test/1.png"], "capitals": ["Train/1.png", "Valid/1.png", "TEST/1.png"],
-    "COCO's": ["annotations/1.png", "images/1.png"], "masks": ["images/1.png", "masks/1.png"],
-    "Raabin": [f"{part}/{label}/1.png" for part in ("TestA", "TestB", "Train") for label in ("Eosinophil", "Lymphocyte")]}
+    "COCO's": ["annotations/1.png", "images/1.png"], "masks": ["images/1.png", "masks/1.png", "readme/1.png"],
+    "numbered": ["trainA/1.png", "testA/1.png", "test_simple/1.png"],
+    "whatever the names": ["A/eos/1.png", "A/lyt/1.png", "B/eos/1.png", "B/lyt/1.png"],
+    "grades": ["north/G1/1.png", "north/G2/1.png", "south/G1/1.png", "south/G2/1.png"],
+    "Raabin": [f"{part}/{label}/1.png" for part in ("TestA", "Train") for label in ("Eosinophil", "Lymphocyte", "Monocyte")]
+    + ["TestB/Lymphocyte/1.png", "TestB/Monocyte/1.png"]}
 CLASSES = {
     "TCIA": ["LYT/0001-1000/1.png", "LYT/1001-2000/2.png", "EOS/0001-1000/3.png", "EOS/1001-2000/4.png"],
     "a class of TCIA twice": ["LYT/0001-1000/1.png", "ABE/0001-1000/2.png"],

@@ -183,6 +183,20 @@ def test_system_folders_are_no_images_and_pictures_not_read_are_listed(trained, 
     assert "a.HEIC: a type of picture that is not read" in capsys.readouterr().out
 
 
+def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monkeypatch):
+    """255 bytes are allowed: with .png at the end it would be more. Two such names keep two heatmaps."""
+    runs, cells = trained
+    names = ["ä" * 125 + "1.jpg", "ä" * 125 + "2.jpg", "x" * 251 + ".jpg"]
+    assert [len(name.encode()) for name in names] == [255, 255, 255]
+    (tmp_path / "new").mkdir()
+    for path, name in zip(cells.paths, names):
+        shutil.copy(cells.root / path, tmp_path / "new" / name)
+    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out")
+    assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(names)
+    maps = list((tmp_path / "out/heatmaps").iterdir())
+    assert len(maps) == 3 and all(cv2.imread(str(file)) is not None for file in maps)
+
+
 def test_a_map_of_folder_names(trained, tmp_path, monkeypatch, capsys):
     runs, cells = trained
     own = [row for row in read(checkpoint(runs, 0).with_name("predictions.csv")) if row["label"] in ("NGS", "LYT")]
