@@ -450,7 +450,9 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
                                  "this row a --name of its own")
         if "lr" in found:
             return found["lr"]
-        found["candidates"], chance = [], 1 / len(np.unique(val.targets))
+        found["candidates"], (_, images) = [], np.unique(val.targets, return_counts=True)
+        chance = 1 / len(images)  # and the standard error of a recall of chance:
+        chance += math.sqrt((chance * (1 - chance) / images).sum()) / len(images)
         if steps >= TRIAL_MIN_STEPS:
             rates, losses = range_test(make_net(0), train, **options)
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
