@@ -150,7 +150,7 @@ def sum_of_ranks(tensor, buffers=()):
     """The sum of a tensor over all ranks, in place; buffers become those of rank 0."""
     if ranks()[1] > 1:
         dist.all_reduce(tensor)
-        for buffer in buffers:  # gloo has no synchronised batch norm: its statistics differ
+        for buffer in buffers:  # without synchronised batch norm (gloo) each rank has statistics of its own
             dist.broadcast(buffer, src=0)
     return tensor
 
@@ -247,9 +247,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
         stop_lr=0.0, optimizer="sgd", schedule="plateau", info=None):
     """Train net on train and choose the epoch on val (both Cells); returns the rows of log.csv as dicts.
 
-    Resumes from folder/last.pt. Leaves log.csv and best.pt: the first epoch of highest validation accuracy,
-    with what info says besides (models.load_checkpoint needs model and init). mean and std normalise images.
-    SystemExit if the loss is not finite. (Paper, 2.2 and 2.3)
+    Resumes from folder/last.pt, which holds the best epoch too. Leaves log.csv and, at the end, best.pt: the
+    first epoch of highest validation accuracy, with what info says besides (models.load_checkpoint needs
+    model and init). mean and std normalise images. SystemExit if the loss is not finite. (Paper, 2.2, 2.3)
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     cuda, (rank, number) = device.type == "cuda", ranks()
@@ -630,7 +630,7 @@ def write_predictions(file, cells, logits):
             rows.writerow([path, cells.classes[target], cells.classes[p.argmax()], *values])
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- options
 def add_options(parser):
     """The options that train.py and pretrain.py share."""
     parser.add_argument("--model", required=True, help="resnet152, vit_l_32, ... or any of torchvision")
@@ -681,6 +681,7 @@ def run_options(args, parser):
     return {name: getattr(args, name) for name in names.split()} | chosen
 
 
+# ---------------------------------------------------------------- data and split
 def open_checked(data, runs):
     """The readable images of a data set as Cells, and what the pass over it found (check_dataset)."""
     cells = datasets.open_dataset(data)
@@ -721,6 +722,7 @@ def open_split(file, cells, unreadable):
     return cells.subset(rows >= 0), parts[rows[rows >= 0]]
 
 
+# ---------------------------------------------------------------- how a script ends
 def interrupt(number, frame):
     """Ctrl-C and SIGTERM: KeyboardInterrupt, once, and no complaint of PyTorch's about dead data workers."""
     for other in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -773,6 +775,7 @@ def run_main(main):
     return status
 
 
+# ---------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(parser)
