@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import unicodedata
 import warnings
 
 import cv2
@@ -45,7 +47,6 @@ SOURCES = {"bm": "doi.org/10.7937/TCIA.AXH3-T579", "cd": "github.com/kuku-sichua
            "pcam": "github.com/basveeling/pcam"}
 PARTS = re.compile("train|test|val|image|mask|annotation", re.IGNORECASE)  # begin names that are no classes
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
-ORIENTATION = 0x0112  # of EXIF
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
 COCO = {"images", "annotations", "categories"}  # keys of its JSON files
 ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams, since numpy pads short keys with zeros
@@ -54,7 +55,7 @@ SHOWN = 50  # unreadable files, and groups of duplicates, that are printed (Patc
 
 
 # ---------------------------------------------------------------- images
-def read_image(file):
+def read_image(file, turn=True):
     """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it cannot be read.
 
     Transparent pixels become black; of several pages the first is read. 16 bits are scaled by the file's
@@ -62,29 +63,30 @@ def read_image(file):
     """
     try:
         with open(file, "rb", buffering=0) as handle:  # half the time of np.fromfile
-            return decode(np.frombuffer(handle.read(), np.uint8))[0]
+            return decode(np.frombuffer(handle.read(), np.uint8), turn)[0]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def decode(data):
+def decode(data, turn=True):
     """read_image of a file's bytes, uint8 [N]: (image, [what about it the user should know])."""
     if not data.size:
         raise ValueError("an empty file")
-    image, notes, jpeg = None, [], data[:2].tobytes() == b"\xff\xd8"
+    image, notes, flags = None, [], 0 if turn else cv2.IMREAD_IGNORE_ORIENTATION
+    jpeg = data[:2].tobytes() == b"\xff\xd8"
     with contextlib.suppress(OSError, cv2.error):
         picture = None if jpeg else Image.open(io.BytesIO(data))  # which looks at the header alone
         if getattr(picture, "n_frames", 1) > 1:
             notes.append("hold several pages, of which the first is read")
         if picture and ("transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La")):
             notes.append("have an alpha channel: what is transparent is black")
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-            colours, alpha = np.split(np.asarray(picture), [3], axis=2)
+            picture = ImageOps.exif_transpose(picture) if turn else picture
+            colours, alpha = np.split(np.asarray(picture.convert("RGBA")), [3], axis=2)
             image = np.uint8(np.rint(colours * (alpha / 255)))
         elif jpeg:
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+            image = cv2.imdecode(data, flags | cv2.IMREAD_COLOR_RGB)
         else:  # OpenCV swaps the colours of RGB in 16 bits
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+            image = cv2.imdecode(data, flags | cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
             image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     if image is not None and image.dtype == np.uint16:
         depth = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 2**bits)
@@ -261,6 +263,12 @@ def open_classes(folder, name, notes=()):
         types = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
         notes.append(f"{len(unread)} pictures of types that are not read: left out ({types})")
     paths = [f"{label}/{image}" for label in classes for image in images[label]]
+    similar = collections.defaultdict(list)
+    for path in classes + paths:  # NFC: umlauts may be one character or, as on a Mac, two
+        key = unicodedata.normalize("NFC", path)
+        similar[key if "/" in path else "".join(key.casefold().split())].append(path)
+    similar = [names for names in similar.values() if len(names) > 1]
+    notes += [f"names that are almost the same: {', '.join(map(ascii, names))}" for names in similar]
     counts = [len(images[label]) for label in classes]
     return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), counts), notes)
 
@@ -293,41 +301,28 @@ def open_coco(folder, name, coco):
 
 def crop_boxes(folder, coco, part):
     """Crop the boxes of a COCO set to class folders below part, as PNG; returns notes on those left out."""
-    dropped, taken = collections.Counter(), set()
+    dropped, taken, owner = collections.Counter(), set(), {}
     for file, content in coco.items():
-        labels = {category["id"]: clean(category["name"]) for category in content["categories"]}
+        labels = {c["id"]: clean(c["name"]) for c in content["categories"]}
         boxes = collections.defaultdict(list)
         for box in content["annotations"]:
             boxes[box["image_id"]].append(box)
-        for image in tqdm(content["images"], f"{file}: cropping cells", unit="image", disable=None):
-            name = image["file_name"].replace("\\", "/")
-            stem = clean(pathlib.PurePath(name).with_suffix(""))
-            places = [folder / some / name for some in ("", "images", file.stem, f"{file.stem}/images")]
+        for image in tqdm(content["images"], desc=f"{file}: cropping cells", unit="image", disable=None):
+            name, parents = image["file_name"].replace("\\", "/"), (folder, folder / file.stem)
+            places = [place / name for parent in parents for place in (parent, parent / "images")]
             place = next(filter(pathlib.Path.is_file, places), places[0])
-            picture, problem = np.zeros((0, 0, 3), np.uint8), None
-            try:
-                picture = read_image(place)
-                with Image.open(place) as header:
-                    if header.getexif().get(ORIENTATION, 1) != 1:
-                        problem = "their image is turned by its EXIF data, and the boxes may not be"
-                height, width = picture.shape[:2]
-                if (image.get("height") or height, image.get("width") or width) != (height, width):
-                    problem = problem or "their image is not of the size that the JSON says"
-            except (OSError, ValueError):
-                problem = "their image is missing or unreadable; once it is there, remove .crops"
+            stem = clean(pathlib.PurePath(name).with_suffix(""))
+            if owner.setdefault(stem, place) != place:  # another picture has that name
+                stem = f"{file.stem}-{stem}"
+            picture, problem = open_picture(place, image.get("width"), image.get("height"))
             for box in boxes.pop(image["id"], ()):
-                label, area = labels.get(box["category_id"]), box.get("bbox") or ()
-                x, y, w, h = area if len(area) == 4 and all(map(math.isfinite, area)) else (0, 0, 0, 0)
-                crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
-                thin = min(w, h) <= 1 and "width or height of 1 or less, no cell"
-                why = problem or thin or (min(crop.shape[:2]) <= 1 and "outside the image")
-                key = (place, label, x, y, w, h)
-                why = why or (key in taken and "listed twice")
-                if why or label is None:
-                    dropped[why or "of an unknown category"] += 1
+                label, area = labels.get(box["category_id"]), box.get("bbox") or box.get("segmentation")
+                key, (crop, why) = (place, label, str(area)), cut_box(picture, area)
+                if why or label is None or key in taken:
+                    dropped[problem or why or ("listed twice" if label else "of an unknown category")] += 1
                     continue
                 cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
-                if cell in taken:  # another JSON file's image or box of that name
+                if cell in taken:
                     cell += f"-{len(taken)}"
                 taken |= {cell, key}
                 (part / label).mkdir(parents=True, exist_ok=True)
@@ -335,6 +330,30 @@ def crop_boxes(folder, coco, part):
                 (part / f"{cell}.png").write_bytes(png)
         dropped["of an unknown image"] += sum(map(len, boxes.values()))
     return [f"{count} boxes dropped: {why}" for why, count in sorted(dropped.items()) if count]
+
+
+def open_picture(file, width, height):
+    """A COCO set's picture and None, or None and why: turned by EXIF only if it has the JSON's size then."""
+    try:
+        sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
+    except ValueError:
+        return None, "their image is missing or unreadable; once it is there, remove .crops"
+    picture = sizes.get((width, height)) if width and height else [*sizes.values()][-1]
+    return picture, None if picture is not None else "their image is not of the size that the JSON says"
+
+
+def cut_box(picture, area):
+    """Pixels of a COCO box [x, y, width, height] or polygons [[x, y, ...]]: (crop, None) or (None, why)."""
+    if isinstance(area, list) and area and isinstance(area[0], list):
+        points = list(itertools.chain(*area))
+        x, y = points[::2], points[1::2]
+        area = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+    is_box = isinstance(area, list) and len(area) == 4 and all(map(math.isfinite, area))
+    if picture is None or not is_box or min(area[2:]) <= 1:
+        return None, "width or height of 1 or less, no cell"
+    x, y, w, h = area
+    crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
+    return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
 
 
 def clean(name):

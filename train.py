@@ -69,8 +69,12 @@ def choose_device(device="auto"):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
         smi = not hidden and device == "cpu" and shutil.which("nvidia-smi")
         if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
-            raise ValueError(f"nvidia-smi lists a GPU that PyTorch {torch.__version__} cannot use; install a "
-                             "wheel that fits the driver, or use --device cpu")
+            try:
+                torch.cuda.init()
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError("nvidia-smi lists a GPU, but CUDA cannot start "
+                                 f"({str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
+                                 "driver, or use --device cpu") from None
         if device == "cpu":
             print("no CUDA device: training on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

@@ -7,7 +7,6 @@ import collections
 import json
 import os
 import pathlib
-import re
 import runpy
 import shlex
 import shutil
@@ -428,7 +427,7 @@ def test_evaluate_names_a_bad_file_and_makes_its_tables_of_the_rest(change, word
 
 
 def test_a_driver_without_cuda_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch, capsys):
-    """A stub of nvidia-smi lists a GPU: --device auto refuses and names PyTorch's build, unless all GPUs are hidden."""
+    """A stub of nvidia-smi lists a GPU: --device auto refuses with PyTorch's reason, unless all GPUs are hidden."""
     import train
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -436,7 +435,7 @@ def test_a_driver_without_cuda_is_no_reason_to_train_on_the_cpu(tmp_path, monkey
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match=rf"{re.escape(torch.__version__)} cannot use.*--device cpu"):
+    with pytest.raises(ValueError, match=r"CUDA cannot start \(.+\).*--device cpu"):
         train.choose_device("auto")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert train.choose_device("auto").type == "cpu" and "training on the CPU" in capsys.readouterr().err

@@ -165,16 +165,28 @@ def test_a_second_json_over_the_same_pictures_counts_no_box_twice(tmp_path):
     assert set(cells.groups) == {"one", "two"}
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_boxes_of_a_picture_that_exif_turns_are_dropped(tmp_path, orientation):
-    """Nobody knows whether they were drawn on the stored picture or on the one that viewers turn."""
-    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)}, [*BOXES, *((i + 100, 2, *rest) for i, _, *rest in BOXES)])
+def save_turned(file, stored, orientation):
+    """A picture whose EXIF says that it is to be turned, in a format that keeps every pixel."""
     exif = Image.Exif()
     exif[0x112] = orientation
-    Image.fromarray(picture(5)).save(tmp_path / "cd/one.png", exif=exif)
-    cells = datasets.open_dataset(tmp_path / "cd")
-    assert len(cells) == len(BOXES) and all("two" in path for path in cells.paths)
-    assert any("turned by its EXIF" in note for note in cells.notes)
+    Image.fromarray(stored).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_boxes_are_of_the_picture_as_stored_unless_its_size_says_otherwise(tmp_path, orientation):
+    """By the JSON of 80 x 60 the boxes were drawn on the stored picture; by one of 60 x 80 on the one that viewers turn."""
+    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES)
+    save_turned(tmp_path / "cd/one.png", picture(5), orientation)
+    shown = np.rot90(picture(5), {3: 2, 6: 3, 8: 1}[orientation])
+    assert np.array_equal(datasets.read_image(tmp_path / "cd/one.png"), shown)
+    found = crops(datasets.open_dataset(tmp_path / "cd"))
+    assert np.array_equal(found["hsil", "one_1.png"], picture(5)[20:45, 10:40])
+    if orientation != 3:
+        shutil.rmtree(tmp_path / "cd/.crops")
+        file = tmp_path / "cd/all.json"
+        file.write_text(file.read_text().replace('"width": 80, "height": 60', '"width": 60, "height": 80'))
+        found = crops(datasets.open_dataset(tmp_path / "cd"))
+        assert np.array_equal(found["hsil", "one_1.png"], shown[20:45, 10:40])
 
 
 def test_pictures_of_another_size_than_the_json_says(tmp_path):
@@ -190,15 +202,21 @@ def test_pictures_of_another_size_than_the_json_says(tmp_path):
 
 
 def test_what_annotation_programs_write(tmp_path):
-    """Windows' backslashes, images without a size, a Mac's ._all.json."""
+    """Polygons without a box, a run-length mask without one, Windows' backslashes, images without a size, a Mac's ._all.json."""
     folder = tmp_path / "cd"
     write_coco(folder, "all", {1: ("sub/one.png", 5)}, BOXES)
     content = json.loads((folder / "all.json").read_text())
     content["images"] = [{"id": 1, "file_name": "sub\\one.png"}]
+    for number, shape in ((1, [[10, 20, 40, 20, 25, 45]]), (2, [[0, 0, 70, 0, 70, 10], [60, 10, 80, 60, 0, 60]]), (3, {"counts": "a1", "size": [60, 80]})):
+        del content["annotations"][number - 1]["bbox"]
+        content["annotations"][number - 1]["segmentation"] = shape
     (folder / "all.json").write_text(json.dumps(content))
     (folder / "._all.json").write_bytes(b"\0\5\26\7no JSON")
-    found = crops(datasets.open_dataset(folder))
-    assert len(found) == 3 and np.array_equal(found["hsil", "sub-one_1.png"], picture(5)[20:45, 10:40])
+    cells = datasets.open_dataset(folder)
+    found = crops(cells)
+    assert np.array_equal(found["hsil", "sub-one_1.png"], picture(5)[20:45, 10:40])
+    assert np.array_equal(found["lsil", "sub-one_2.png"], picture(5))
+    assert len(found) == 2 and cells.notes == ["1 boxes dropped: width or height of 1 or less, no cell"]
 
 
 @pytest.mark.parametrize("inside", ["ComparisonDetectorDataset", "download/ComparisonDetectorDataset"])

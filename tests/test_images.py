@@ -465,3 +465,14 @@ def test_training_names_what_it_leaves_out(tmp_path, capsys):
     kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)]
     assert cells.paths.tolist() == kept and cells.targets.tolist() == [0] * 7 + [1] * 6
     assert all(np.array_equal(cells[i], shade(int(path[7:-4]))) for i, path in enumerate(kept))
+
+
+def test_names_that_are_almost_the_same_are_named(tmp_path):
+    """Folders that differ in case and blanks, files in two Unicode forms: two classes and two images, but said."""
+    for name in ("HSIL/1.png", "hsil/1.png", "h sil /1.png", "B/e\u0301.png", "B/\u00e9.png", "B/E.png", "B/e.png"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_bytes(b"x")
+    cells = datasets.open_dataset(tmp_path / "mine")
+    assert len(cells.classes) == 4 and len(cells) == 7
+    assert cells.notes == ["names that are almost the same: 'HSIL', 'h sil ', 'hsil'",
+                           r"names that are almost the same: 'B/e\u0301.png', 'B/\xe9.png'"]
