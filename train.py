@@ -487,6 +487,8 @@ def lock(folder):
         try:
             if ranks()[0] == 0:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for leftover in folder.glob(".*.tmp"):  # of a killed process
+                    leftover.unlink()
         except BlockingIOError:
             ours = False
         except OSError as error:
@@ -590,12 +592,9 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         record = {"name": shared.name, "root": os.path.abspath(cells.root), "left_out": info["unreadable"],
                   "train_images": len(train), "val_images": len(val), "test_images": len(test),
-                  "device": str(device), "gpu": gpu, "workers": options["workers"],
-                  "ranks": ranks()[1], "compile": options["compile"], "versions": versions(),
-                  "command": sys.argv}
+                  "device": str(device), "gpu": gpu, "workers": options["workers"], "ranks": ranks()[1],
+                  "compile": options["compile"], "versions": versions(), "command": sys.argv}
         if ranks()[0] == 0:
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
             with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(settings | record, handle, indent=1)
         fit(folder, net, train, val, lr=lr, fold=fold, memory_format=memory_format, crop=crop,
