@@ -376,7 +376,7 @@ def of_training(folder, folds, results):
     logs = {f"fold {fold}": read(folder / f"fold{fold}/log.csv") for fold in folds}
     curves = pd.concat(logs, names=["fold"]) if any(log is not None for log in logs.values()) else None
     measured = read(folder / "measured.json") or {}
-    rates = {f"{rate:.2g}: accuracy {score:.3f}": rate for rate, score in measured.get("candidates") or ()}
+    rates = {f"{rate:.2g}: mean recall {score:.3f}": rate for rate, score in measured.get("candidates") or ()}
     rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
     return {"curves": curves, "rates": rates, "tried": read(folder / "lr_range.csv"),
             "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}

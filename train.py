@@ -438,6 +438,9 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
     the one of the highest mean recall is taken. Both together take at most half of one fold's steps. A run
     too short for that, or in which no network learns so soon, takes the middle one.
     """
+    if not len(train) or not len(val):
+        raise SystemExit(f"{folder}: fold 0 has no images to train on or to validate with, by which the rate "
+                         "of all folds is found; set it with --lr, or use another split.csv")
     file, steps = folder / "measured.json", epochs * math.ceil(len(train) / options["batch_size"])
     steps = min((steps // 2 - RANGE_STEPS) // len(TRIAL_SHARES), TRIAL_MAX_STEPS)
     middle = OPTIMIZERS[options["optimizer"]]

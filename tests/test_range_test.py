@@ -289,6 +289,14 @@ def test_half_of_the_steps_at_most(cells, tmp_path, optimizer, epochs, expected)
     assert [rate for rate, _ in found["candidates"]][:1] == expected
 
 
+@pytest.mark.parametrize("rows", [(slice(0), slice(None)), (slice(None), slice(0))])
+def test_a_fold_0_without_images_is_said(cells, tmp_path, rows):
+    """A published split may leave fold 0 without validation images: one line, and --lr as the way out."""
+    parts = [cells.subset(np.arange(23)[row]) for row in rows]
+    with pytest.raises(SystemExit, match=r"^[^\n]*fold 0 has no images[^\n]*--lr[^\n]*$"):
+        train.find_lr(tmp_path, lambda seed: regression([]), *parts, epochs=200, optimizer="sgd", **SETTINGS)
+
+
 def test_where_nothing_is_learned_the_middle_rate_is_taken(cells, tmp_path, capsys):
     """Black pictures: all networks name one class, whose recall of 1 makes 1/2 in the mean; this is said."""
     black = datasets.Cells(".", "two", cells.classes, cells.paths, cells.targets, read=lambda path: np.zeros((12, 12, 3), np.uint8))
