@@ -271,7 +271,8 @@ def describe(cells, rows, groups):
         of_class = overlapping[cells.targets == target]
         lines.append(f"  {name:12} {of_class.sum():7,} of {len(of_class):7,}  {of_class.mean():6.1%}")
     sizes = np.bincount(groups)
-    lines.append(f"{(sizes > 1).sum():,} groups of more than one image; the largest:")
+    largest = "; the largest:" if sizes.max() > 1 else ""
+    lines.append(f"{(sizes > 1).sum():,} groups of more than one image{largest}")
     for group in np.argsort(-sizes, kind="stable")[:min(5, (sizes > 1).sum())]:
         lines.append(f"  {sizes[group]} images, e.g. {', '.join(cells.paths[groups == group][:3])}")
     return "\n".join(lines)

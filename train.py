@@ -711,6 +711,9 @@ def open_split(file, cells, unreadable):
             parts = splits.make_splits(cells.targets, groups=cells.groups)
             splits.write_splits(file, cells.paths, names, parts)
             print(f"{file}: new stratified split into 5 folds")
+            images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
+            if few := [f"{name} ({number})" for name, number in images if number < 5]:
+                print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
     paths, labels, parts = splits.read_splits(file)
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:

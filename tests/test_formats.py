@@ -4,9 +4,7 @@ Truth comes from slices of the NumPy arrays that the pictures, boxes and patches
 SciPy's softmax and from what was written into a table.
 """
 import contextlib
-import csv
 import errno
-import io
 import json
 import os
 import pickle

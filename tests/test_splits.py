@@ -445,3 +445,16 @@ def test_171374_files_are_split_in_under_10_seconds(tmp_path, run):
     assert {label: labels.count(label) for label in PUBLISHED} == PUBLISHED and ((parts == "test").sum(1) == 1).all()
     print(seconds)
     assert min(seconds) < 10
+
+
+def test_a_class_too_small_to_be_tested_in_each_fold_is_named_by_training(tmp_path, capsys):
+    """Two images are tested in two of five folds; ten are in all. Named once, when the split is made."""
+    import datasets
+    import train
+    cells = datasets.Cells(tmp_path, "small", ["ABE", "LYT"], [f"{i}.png" for i in range(12)], np.arange(12) >= 2)
+    _, parts = train.open_split(tmp_path / "split.csv", cells, [])
+    tested = (parts == "test").any(0)
+    assert ((parts[:2] == "test").any(0).sum(), (parts[2:] == "test").any(0).sum(), tested.sum()) == (2, 5, 5)
+    assert "fewer than 5 images, so not tested in each fold: ABE (2)\n" in capsys.readouterr().err
+    train.open_split(tmp_path / "split.csv", cells, [])
+    assert capsys.readouterr().err == ""
