@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -201,10 +201,11 @@ def read_study(runs):
 
 def read_fold(file, k, classes, split, shared):
     """Fold k of a run and its classes; ValueError if these are not `classes`, or the split contradicts it."""
-    one, fold, config, train_images, no_overlap = read_predictions(file), f"fold{k}", {}, np.nan, None
+    one, fold, config, no_overlap = read_predictions(file), f"fold{k}", {}, None
     n, expected = len(one.classes), len(one.paths)
     with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
         config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
+    train_images = config.get("train_images", np.nan)
     with error_context(file):
         if classes and one.classes != classes:
             raise ValueError(f"its {n} classes are not the {len(classes)} of files before it")
@@ -238,6 +239,10 @@ def setting_notes(runs):
         every = set().union(*used.values())
         if key not in ("lr", "weights") and len(every) > max(map(len, used.values()), default=0):
             notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
+    used = {(k, one.config.get("split")) for folds in runs.values() for k, one in folds.items()}
+    if max(Counter(k for k, split in used if split).values(), default=0) > 1:
+        notes.append("The rows were trained under different splits: their folds are no pairs, and the tests "
+                     "between them don't hold.")
     return notes
 
 
@@ -268,8 +273,13 @@ def moments(values):
 
 
 def macro_f1(folds):
-    """float64 [F] of Folds: mean F1 over the classes that each fold's test set holds."""
-    return np.array([np.nanmean(one.scores[2]) for one in folds])
+    """float64 [F] of Folds: mean F1 over the classes that each fold's test set holds.
+
+    Where these differ between folds, all are shifted by the same, so that their mean is that of Table 4.
+    """
+    f1 = np.array([one.scores[2] for one in folds])
+    each = moments(f1.T)[0]
+    return each - each.mean() + moments(moments(f1)[0])[0]
 
 
 def accuracy(confusions):
@@ -297,12 +307,14 @@ def table4_rows(study):
 
 
 def table5_rows(study, model, init):
-    """One dict a class, keys as in table5_<model>_<init>.csv; Wilson's interval is of all folds' images."""
+    """One dict a class, keys as in table5_<model>_<init>.csv; the recall's interval is corrected_t_test's."""
     folds = list(study.runs[model, init].values())
-    confusion = sum(one.confusion for one in folds)
     table = pd.DataFrame({"class": study.classes, "images": study.images})
     table[COLUMNS] = np.stack(moments([one.scores for one in folds]), 1).reshape(len(COLUMNS), -1).T
-    table["recall_low"], table["recall_high"] = wilson(np.diag(confusion), confusion.sum(1))
+    recalls, ratio = np.array([one.scores[1] for one in folds]).T, split_ratio(folds)
+    recalls = [recall[np.isfinite(recall)] for recall in recalls]  # of the folds with the class, if any
+    ends = [corrected_t_test(recall, ratio)[1:3] if len(recall) else (np.nan, np.nan) for recall in recalls]
+    table[["recall_low", "recall_high"]] = np.clip(ends, 0, 1)
     return table.to_dict("records")
 
 
@@ -391,17 +403,17 @@ def comparison_rows(study, table4):
     table = pd.DataFrame(rows, columns=COMPARISON)
     for _, part in table.groupby("family"):
         table.loc[part.index, "p_holm"] = holm(part.p)
-        # the smallest significant difference in the first step of Holm's procedure, at this pair's spread
+        # at this pair's spread significant whatever the other rows are: the first step of Holm's procedure
         quantile = special.stdtrit(part.folds - 1, 1 - LEVEL / 2 / max(1, part.p.count()))
         table.loc[part.index, "smallest_difference"] *= quantile
     return table
 
 
 def marks(table4, comparisons):
-    """{(model, init): "*" best, "=" not significantly different from it, "" different, "?" not testable}."""
+    """{(model, init): "*" best, "=" not significantly different, "" worse, ">" better, "?" not testable}."""
     signs = {(row["model"], row["init"]): "?" for row in table4} | {best_run(table4): "*"}
     for row in comparisons[comparisons.family == "best"].dropna(subset="p").itertuples():
-        signs[row.model, row.init] = "=" if row.p_holm >= LEVEL else ""
+        signs[row.model, row.init] = "=" if row.p_holm >= LEVEL else ">" if row.difference > 0 else ""
     return signs
 
 
@@ -413,19 +425,22 @@ def statements(study, comparisons):
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
         needed = best.smallest_difference
-        lines += ["* best F1 of the rows with the most folds; = not significantly different from the best; ? "
-                  "not testable (corrected resampled t-test of macro F1 over the folds, Holm over "
-                  f"{len(best)} rows, level {LEVEL}).",
-                  f"Smallest significant difference from the best: {needed.min():.3f} to {needed.max():.3f}, "
-                  f"depending on the row's spread (median {needed.median():.3f})."]
+        lines += ["* best F1 of the rows with the most folds; = not significantly different from the best; > "
+                  "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
+                  f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL}).",
+                  "Significant whatever the other rows are would be a difference from the best of "
+                  f"{needed.min():.3f} to {needed.max():.3f}, by the row's spread (median "
+                  f"{needed.median():.3f}); smaller ones may be."]
     if len(imagenet):
         different = [f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
                      for row in imagenet[imagenet.p_holm < LEVEL].itertuples()]
         lines.append(f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
                      f"{', '.join(different) or 'none'}.")
     if len(comparisons):
-        lines.append("The p-values hold for each row's one set of initial weights and one learning rate, and "
-                     "don't correct for choosing the best by the same scores.")
+        lines.append("The p-values hold for each row's one pre-training and one learning rate, and don't "
+                     "correct for choosing the best by the same scores.")
+    lines.append("Unless the split keeps patients apart, scores and intervals are of further cells of these "
+                 "patients, and too high for those of new ones.")
     return lines + study.notes
 
 

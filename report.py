@@ -29,6 +29,8 @@ import evaluate
 
 HERE = pathlib.Path(__file__).parent
 BINS = 15  # of equal width, in the reliability diagram (Guo et al. 2017)
+MEANING = {"*": "the best", "": "significantly worse", ">": "significantly better",
+           "=": "not significantly different", "?": "not testable yet"}  # of evaluate.marks
 ENOUGH = 50  # images that a class needs for its labels, or suggestions of it, to be flagged
 HANDED_OVER = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the images that go to a human
 CLINIC = ("BLA", "FGC", "HAC", "PEB")  # blasts, faggot cells, hairy cells, proerythroblasts: not to be missed
@@ -449,7 +451,7 @@ def main():
         values |= of_overlaps(study, args.runs, config.get("data"))
         issues = label_issues(study, {name: tested[name] for name in doubt}, values["contradicted"])
         evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
-        flagged = (issues.flagged == "yes").sum()
+        flagged = ((issues.flagged == "yes") & (issues.kind == "prediction")).sum()
         first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
         values |= {"issues": issues, "flagged": flagged, "doubts": first.to_dict("records")}
         # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
