@@ -153,16 +153,19 @@ stop() {  # end what this shell started; each run keeps its last checkpoint
 }
 
 work() {  # one worker of GPU $1: takes the first job that can be done, until nothing is left
-  local now job status
+  local now job status large="-"                       # models that this GPU has no room for
   trap "" INT; trap "stop; exit 143" TERM              # Ctrl-C reaches run_all.sh, which sends TERM
-  while now=$(states | grep '^todo\|^running'); do
+  while now=$(states | grep '^todo\|^running' | grep -v " \($large\) "); do
     job=$(grep -m 1 '^todo' <<< "$now") || { sleep 5 & wait $!; continue; }
     run_job "$1" "${job#todo }"; status=$?
     if [ $status = 0 ]; then [ "$demo" ] || refresh &
     elif [ $status = 75 ]; then :
-    elif [ "$1" != cpu ] && ! python -c 'import torch; torch.zeros(1).cuda()' 2> /dev/null; then
+    elif [ "$1" != cpu ] && ! python -c 'import torch; +torch.ones(1, device="cuda")' 2> /dev/null; then
       say "GPU $1 does not work: no more jobs for it"
       rm -f "$log.failed"; break                       # another GPU may do it
+    elif [[ $attempt = first && ${#gpus[@]} -gt 1 && $(tail -n 1 "$log.log") = *"out of memory"* ]]; then
+      say "GPU $1 has no room for $model: left to the others"
+      rm -f "$log.failed"; large+="\|$model"
     elif [ $status = 2 ]; then kill -USR1 $$; break    # wrong arguments: the same for every job
     fi
   done
@@ -197,6 +200,7 @@ if [ "$device" != cpu ] && [ $mode != slurm ]; then
   export CUDA_DEVICE_ORDER=PCI_BUS_ID                  # nvidia-smi's numbers
   seen=$(nvidia-smi -L 2> /dev/null)
   seen=$(grep -o 'MIG-[^)]*' <<< "$seen" || sed -n 's/^GPU \([0-9]*\):.*/\1/p' <<< "$seen")
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || GPUS=""         # sbatch hands it on; Slurm's own allocation holds
   GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$seen}} gpus=(${GPUS//,/ })
   [[ $device != cuda:* ]] || gpus=(${gpus[${device#*:}]:-})     # each job sees one GPU, its number 0
   [ ${#gpus[@]} -gt 0 ] || fail 1 "no CUDA GPU found; try --demo, or --device cpu, for months"

@@ -56,8 +56,9 @@ BUSY = 75  # exit status EX_TEMPFAIL
 WEIGHTS, DROPOUT, TRIAL = 3, 4, 5  # begin the keys of random streams; datasets.py has 1 and 2
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "unable to find an engine",
-                 "Unable to find a valid cuDNN algorithm", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "can't allocate memory",
+                 "unable to find an engine", "Unable to find a valid cuDNN algorithm",
+                 "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 
 
@@ -128,12 +129,17 @@ def ranks():
 
 
 def join_ranks(device):
-    """Under torchrun join the other ranks (NCCL on CUDA, gloo on a CPU); returns this rank's device."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    """Under torchrun join the other ranks (NCCL on CUDA, gloo on a CPU); returns this rank's device.
+
+    ValueError if it has no GPU of its own.
+    """
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ):
         return device
     options = {"backend": "gloo", "timeout": datetime.timedelta(days=7)}  # ranks wait for rank 0's range test
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, found = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= found:
+            raise ValueError(f"torchrun --nproc_per_node: {device.index + 1} or more, for {found} GPUs")
         torch.cuda.set_device(device)
         options |= {"backend": "nccl", "device_id": device}
     dist.init_process_group(**options)
@@ -740,11 +746,15 @@ def interrupt(number, frame):
 
 
 def explain(error):
-    """One line for an error that a user can mend; of any other prints the traceback and returns 1."""
+    """One line for an error that a user can mend; of any other prints the traceback and returns 1.
+
+    run_all.sh shows the last line, and leaves a job out of memory to other GPUs.
+    """
     text = str(error).strip()
     if any(words in text for words in OUT_OF_MEMORY):
-        return (f"{text.splitlines()[0]} Lower --batch-size or --image-size, or run fewer jobs on this GPU; "
-                "under torchrun the range test has a whole batch on one GPU, which --lr RATE does without")
+        return (f"out of memory ({text.splitlines()[0]}): lower --batch-size or --image-size, or run fewer "
+                "jobs on this GPU; under torchrun the range test has a whole batch on one GPU, which --lr RATE "
+                "does without")
     if "C compiler" in text or "C++ compiler" in text:
         return "--compile: no C++ compiler found; install g++, or train without --compile"
     if isinstance(error, OSError) or any(words in text for words in (*DEAD_WORKER, *datasets.UNREADABLE)):
@@ -752,7 +762,7 @@ def explain(error):
         text = f"{named}: {error.strerror}" if named else text.splitlines()[-1]
         return f"{text}; put it right, or name another folder with --runs, and the same command resumes"
     traceback.print_exception(error)
-    return 1
+    return text.splitlines()[0] if "CUDA error" in text else 1  # below stands general advice
 
 
 def run_main(main):

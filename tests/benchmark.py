@@ -255,7 +255,7 @@ def job(model, args, ready, results):
     set_up(args)
     ours, _ = make_steps(model, args, args.memory_format)
     ours()
-    ready.wait()
+    ready.wait(600)
     start, images = time.perf_counter(), 0
     while time.perf_counter() < start + args.seconds:
         ours()
@@ -274,13 +274,15 @@ def networks(_, args):
                     peaks = [peak_memory(args.device, call) for call in (ours, bare)]
                     yield f"{model} {layout} {kind} peak memory", *costs(*peaks, "MB")
                 del ours, bare
+        torch._dynamo.reset()                           # CUDA graphs hold memory that the jobs may need
+        torch.cuda.empty_cache()
         context, one = multiprocessing.get_context("spawn"), None
         for number in (1, 2, 3):
             ready, results = context.Barrier(number), context.Queue()
             jobs = [context.Process(target=job, args=(model, args, ready, results)) for _ in range(number)]
             for process in jobs:
                 process.start()
-            total = sum(results.get() for _ in jobs)
+            total = sum(results.get(timeout=900 + args.seconds) for _ in jobs)     # or one has died
             for process in jobs:
                 process.join()
             one = one or total

@@ -444,11 +444,14 @@ def test_a_driver_without_cuda_is_no_reason_to_train_on_the_cpu(tmp_path, monkey
 def test_out_of_memory_has_many_words():
     """PyTorch's for CUDA, for cuDNN that finds no room to work in, and for the CPU."""
     import train
-    for words in ("CUDA out of memory. Tried to allocate 2.00 GiB", "GET was unable to find an engine to execute this computation",
+    for words in ("CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory",
+                  "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "GET was unable to find an engine to execute this computation",
                   "Unable to find a valid cuDNN algorithm to run convolution",
                   "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"):
         line = train.explain(RuntimeError(words + "\nand more"))
-        assert words in line and "--batch-size" in line and "\n" not in line
+        assert words in line and "--batch-size" in line and "out of memory" in line and "\n" not in line
+    line = train.explain(RuntimeError("CUDA error: no kernel image is available\nFor debugging\nCompile with DSA"))
+    assert line == "CUDA error: no kernel image is available"  # not the advice below it
 
 
 def test_names_in_a_coco_file_lead_to_no_place_outside_the_data_set(mistake, tmp_path):

@@ -43,6 +43,10 @@ name = "-".join([call[0], *(ends[0].parts[-4:-1] if call[0] == "train.py" else [
 if (plan / ("broken-" + os.environ.get("CUDA_VISIBLE_DEVICES", "-"))).exists() and "train.py" in call[0]:
     print("no kernel image is available")
     sys.exit(2)
+small = plan / ("small-" + os.environ.get("CUDA_VISIBLE_DEVICES", "-"))
+if small.exists() and call[0] in ("train.py", "pretrain.py") and value("--model") == small.read_text():
+    print("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower --batch-size")
+    sys.exit(1)
 if (plan / ("orphan-" + name)).exists():
     subprocess.Popen(["/bin/sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False)
 if (plan / ("status-" + name)).exists():  # of this try and the next ones
@@ -383,6 +387,37 @@ def test_each_gpu_has_its_worker_and_one_that_does_not_work_is_given_up(place):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err.count("GPU 1 does not work") == 1
     assert collections.Counter(gpu for gpu, _ in place.calls("train.py")) == {"0": 4, "1": 1}
+
+
+def test_a_model_that_a_small_gpu_has_no_room_for_is_left_to_the_other(place):
+    """GPU 1 tries it once, not at every fold, and goes on with the other model; the job counts as no failure."""
+    place.program("nvidia-smi", TWO_GPUS)
+    (place.plan / "small-1").write_text("resnet152")
+    for fold in range(2):
+        (place.plan / f"hold-train.py-resnet152-random-fold{fold}").touch()  # what the small GPU gets fails before that
+    process = place.start(MODELS="resnet152 vit_l_32", INITS="random", FOLDS="0 1", OVERLAPS="no")
+    until(lambda: (place.runs / "train/vit_l_32/random/fold1/predictions.csv").exists())
+    for fold in range(2):
+        (place.plan / f"hold-train.py-resnet152-random-fold{fold}").unlink()
+    _, err = process.communicate(timeout=60)
+    tried = collections.Counter((gpu, words[words.index("--model") + 1]) for gpu, words in place.calls("train.py"))
+    assert process.returncode == 0 and err.count("GPU 1 has no room for resnet152") == 1
+    assert tried["0", "resnet152"] == 2 and tried["1", "resnet152"] == 1 and tried["0", "vit_l_32"] + tried["1", "vit_l_32"] == 2
+
+
+def test_a_model_that_no_gpu_has_room_for_ends_the_night_as_failed(place):
+    """Its fine-tuning waits for a pre-training that is never done: nothing hangs, and the other model's jobs are done."""
+    place.program("nvidia-smi", TWO_GPUS)
+    for gpu in (0, 1):
+        (place.plan / f"small-{gpu}").write_text("resnet152")
+    status, out, err = place.run(MODELS="resnet152 vit_l_32", INITS="cd", FOLDS="0", OVERLAPS="no")
+    assert status == 1 and "failed pretrain resnet152 cd" in err and "blocked train resnet152 cd" in err
+    assert (place.runs / "train/vit_l_32/cd/fold0/predictions.csv").exists()
+
+
+def test_slurms_allocation_goes_before_an_exported_choice_of_gpus(place):
+    place.run("--task", 1, GPUS="0 1", CUDA_VISIBLE_DEVICES="3", SLURM_ARRAY_TASK_ID="1", **ONE)
+    assert [gpu for gpu, _ in place.calls("train.py")] == ["3"]
 
 
 def test_heatmaps_are_drawn_on_a_gpu_of_ours(place):
