@@ -26,6 +26,7 @@ import sys
 import unicodedata
 import warnings
 
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # we say ourselves which image cannot be read
 import cv2
 import numpy as np
 import torch
@@ -88,6 +89,8 @@ def decode(data, turn=True):
         else:  # OpenCV swaps the colours of RGB in 16 bits
             image = cv2.imdecode(data, flags | cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
             image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            if image.dtype == np.uint16 and getattr(picture, "tag_v2", {}).get(262) == 0:
+                image = 65535 - image  # WhiteIsZero, which OpenCV turns in 8 bits alone
     if image is not None and image.dtype == np.uint16:
         depth = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 2**bits)
         notes.append(f"hold {depth} bits a channel in 16, of which the upper 8 are read")
@@ -242,6 +245,9 @@ def descend(folder, endings):
 def open_classes(folder, name, notes=()):
     """A folder of class folders, however deep: goes down while a folder holds one folder and no image."""
     root, below, stray = descend(folder, IMAGE_TYPES)
+    for other in list_folder(root)[1]:
+        if "." not in other and not os.path.exists(root / other):  # of a disk that is not mounted, say
+            raise SystemExit(f"{root / other}: a link that leads nowhere; mend or remove it")
     found = {label: find_images(root / label) for label in below}
     images = {label: paths for label, (paths, _) in found.items() if paths}
     classes = sorted(images, key=BM_CLASSES.index) if {*images} <= {*BM_CLASSES} else list(images)

@@ -164,7 +164,10 @@ def load_checkpoint(path):
 
 
 def cam_layer(net):
-    """Grad-CAM's layer: the last one in which place is kept (VGG: the last ReLU before the pooling)."""
+    """Grad-CAM's layer: the last one in which place is kept (VGG: the last ReLU before the pooling).
+
+    SystemExit for a network that is none of torchvision's.
+    """
     if isinstance(net, torchvision.models.VisionTransformer):  # later on, patches have no gradient
         return net.encoder.layers[-1].ln_1
     if hasattr(net, "features") and isinstance(net.features[-1], torch.nn.MaxPool2d):
@@ -172,7 +175,9 @@ def cam_layer(net):
     for name in "permute layer4 trunk_output conv5 layers Mixed_7c inception5b features".split():
         if hasattr(net, name):  # permute: Swin's, where channels come first
             return getattr(net, name)
-    return net.blocks[-1]  # MaxVit
+    if isinstance(net, torchvision.models.MaxVit):
+        return net.blocks[-1]
+    raise SystemExit(f"no layer for Grad-CAM is known of {type(net).__name__}: add it to models.cam_layer")
 
 
 def cam_reshape(net):

@@ -122,7 +122,7 @@ def trained_on(checkpoints, infos, cells, digests):
             split = evaluate.read_split(fold.parents[3] / "split.csv")
             used = split.index[split[f"fold{info['fold']}"] != "test"]
         except (OSError, LookupError, TypeError, ValueError, SystemExit) as error:  # a best.pt that was moved
-            print(f"{checkpoint}: what it was trained on is not known ({error}); it would be scored")
+            print(f"{checkpoint}: what it was trained on is not known ({error}); some may be scored")
             continue
         if not root.is_dir():
             print(f"{checkpoint}: its images are not in {root}; they are known by folder and name alone")
@@ -236,8 +236,11 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
         print(evaluate.table_text(evaluate.table4_rows(study)))
         evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
     else:
-        print("no scores: a checkpoint was trained on all these images, or no folder is named as a class "
-              f"({', '.join(classes)}; see --map)")
+        named = any(labels)
+        print("no scores: a checkpoint was trained on all images of known class" if named else
+              f"no scores: no folder is named as a class ({', '.join(classes)}; see --map)")
+    counts = collections.Counter(predicted).most_common()
+    print(f"predicted: {', '.join(f'{number} {label}' for label, number in counts)}")
     print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} lines in left_out.csv")
 
 

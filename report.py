@@ -431,7 +431,7 @@ def main():
     except ValueError as error:
         raise SystemExit(f"{error}; put the file back that the runs were made with") from None
     results, said = args.runs / "results", "no fold is finished yet"
-    values = {"runs": args.runs, "study": study, "shown": None, "config": {}}
+    values = {"runs": args.runs, "data": args.data, "study": study, "shown": None, "config": {}}
     if study.runs:
         table4 = evaluate.table4_rows(study)
         rows = [row for row in table4

@@ -259,10 +259,15 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
 
     Resumes from folder/last.pt, which holds the best epoch too. Leaves log.csv and, at the end, best.pt: the
     first epoch of highest validation accuracy, with what info says besides (models.load_checkpoint needs
-    model and init). mean and std normalise images. SystemExit if the loss is not finite. (Paper, 2.2, 2.3)
+    model and init); net is left as in the last one. mean and std normalise images. SystemExit if the loss is
+    not finite, or the folder's run was begun with other settings or images. (Paper, 2.2, 2.3)
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     cuda, (rank, number) = device.type == "cuda", ranks()
+    paths = "\n".join([*train.paths, "", *val.paths])
+    images = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
+    settings = {"lr": lr, "batch_size": batch_size, "seed": seed, "fold": fold, "image_size": image_size,
+                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": images}
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device,
                   "amp": amp, "memory_format": memory_format}
@@ -273,7 +278,7 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     scheduler = make_scheduler(schedule, optimizer, epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    history, best = resume(folder, parts)
+    history, best = resume(folder, parts, settings, epochs)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
     batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, cuda)
     wrapped = wrap(net, device, compile)
@@ -314,7 +319,8 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
                     best = {**(info or {}), "classes": train.classes, "train_counts": counts, "fold": fold,
                             "mean": mean.tolist(), "std": std.tolist(), "image_size": image_size,
                             "epoch": epoch, "val_accuracy": accuracy, "state_dict": state["net"]}
-                writing = writer.submit(save_epoch, folder, state | {"history": history[:], "best": best})
+                last = {"settings": settings, "history": history[:], "best": best}
+                writing = writer.submit(save_epoch, folder, state | last)
             left = datetime.timedelta(seconds=round((epochs - epoch) * seconds))
             print(f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
                   f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left",
@@ -361,12 +367,18 @@ def write_log(folder, history):
         rows.writerows(history)
 
 
-def resume(folder, parts):
-    """Load last.pt into parts (a dict); returns (history, checkpoint of the best epoch), or ([], None)."""
+def resume(folder, parts, settings, epochs):
+    """Load last.pt into parts (a dict); returns (history, checkpoint of the best epoch), or ([], None).
+
+    SystemExit if it was begun with other settings (a dict).
+    """
     file, advice = folder / "last.pt", f"remove {folder} to train it anew"
     if not file.exists():
         return [], None
     last = models.read_file(file, advice)
+    before = last.get("settings", settings)
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        raise SystemExit(f"{file}: begun with other {', '.join(changed)}; {advice}, or name another")
     try:
         for name, part in parts.items():
             part.load_state_dict(last[name])
@@ -376,7 +388,8 @@ def resume(folder, parts):
         raise SystemExit(f"{file}: cannot resume from it ({why}); {advice}") from None
     if ranks()[0] == 0:
         write_log(folder, history)  # a kill may have come between the two files
-    print(f"{folder}: resumes after epoch {len(history)}", flush=True)
+    done = "; there is nothing left to train" if len(history) >= epochs else ""
+    print(f"{folder}: resumes after epoch {len(history)}{done}", flush=True)
     return history, best
 
 
@@ -526,6 +539,11 @@ def check_settings(folder, settings):
         return
     before = datasets.read_json(folder / "config.json")
     changed = [key for key, value in settings.items() if before.get(key) != value]
+    if {"data", "split", "weights"} & {*changed}:
+        what = {"data": "images", "weights": "initial weights"}
+        what = ", ".join(what.get(key, key) for key in changed)
+        raise SystemExit(f"{folder}: begun with other {what}; put back what it was, remove the folder, or "
+                         "name another with --runs")
     if changed:
         changed = "; ".join(f"{key} was {before.get(key)}, is now {settings[key]}" for key in changed)
         raise SystemExit(f"{folder}: begun with other settings ({changed}); use those, remove the folder, or "
@@ -753,8 +771,8 @@ def explain(error):
     text = str(error).strip()
     if any(words in text for words in OUT_OF_MEMORY):
         return (f"out of memory ({text.splitlines()[0]}): lower --batch-size or --image-size, or run fewer "
-                "jobs on this GPU; under torchrun the range test has a whole batch on one GPU, which --lr RATE "
-                "does without")
+                "jobs on this GPU; under torchrun the range test has a whole batch on one GPU, which --lr "
+                "RATE does without")
     if "C compiler" in text or "C++ compiler" in text:
         return "--compile: no C++ compiler found; install g++, or train without --compile"
     if isinstance(error, OSError) or any(words in text for words in (*DEAD_WORKER, *datasets.UNREADABLE)):

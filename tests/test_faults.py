@@ -16,8 +16,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+
+import datasets
+import models
+import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPTIONS = "--image-size 32 --batch-size 8 --workers 0 --device cpu --amp off --epochs 3 --lr 0.01".split()
@@ -620,7 +625,7 @@ def test_other_settings_are_refused(starter, cells, undisturbed, tmp_path):
                                         if ",val," in split.split(",train,")[0] else split.replace("train", "val", 1))
     script = starter.run(*command(cells, tmp_path))
     assert script.status == 1
-    one_line(script, "split ")
+    one_line(script, "begun with other split;")
     (tmp_path / "split.csv").write_text(split)
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.name != "lock"} == before
     assert starter.run(*command(cells, tmp_path, "--workers", 1)).status == 0
@@ -640,13 +645,27 @@ def test_other_weights_and_data_are_refused(starter, cells, undisturbed, tmp_pat
     torch.save(content, weights)
     script = starter.run(*arguments)
     assert script.status == 1
-    one_line(script, "weights ")
+    one_line(script, "begun with other initial weights;")
     shutil.copy(fold_of(undisturbed()) / "best.pt", weights)
     one, other = sorted(data.glob("EBO/*"))[0], sorted(data.glob("LYT/*"))[0]
     shutil.copy(other, one)
     script = starter.run(*arguments)
     assert script.status == 1
-    assert "data " in script.err and "Traceback" not in script.err
+    assert "begun with other images" in script.err and "Traceback" not in script.err
+
+
+def test_fit_itself_refuses_other_images_and_settings_and_says_when_nothing_is_left(cells, tmp_path, capsys):
+    """As a notebook calls it, where no config.json stands guard."""
+    data = datasets.open_dataset(cells)
+    one, two = data.subset(np.arange(0, len(data), 2)), data.subset(np.arange(1, len(data), 2))
+    options = {"lr": 0.01, "epochs": 1, "batch_size": 8, "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
+    net = models.build_model("squeezenet1_1", len(data.classes), None, 32)
+    rows = train.fit(tmp_path / "run", net, one, two, **options)
+    capsys.readouterr()
+    assert train.fit(tmp_path / "run", net, one, two, **options) == rows and "nothing left to train" in capsys.readouterr().out
+    for images, more, word in (((two, one), {}, "images"), ((one, two), {"lr": 0.1}, "lr"), ((one, two), {"seed": 3}, "seed")):
+        with pytest.raises(SystemExit, match=f"begun with other {word};"):
+            train.fit(tmp_path / "run", net, *images, **options | more)
 
 
 def test_images_gone_and_new(starter, cells, undisturbed, tmp_path):

@@ -296,6 +296,23 @@ def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
     assert "class folder empty holds no image" in notes and "class folder hollow holds no image" in notes
 
 
+def test_a_class_that_is_a_link_to_nowhere_is_no_silent_loss(tmp_path):
+    good(tmp_path / "mine")
+    (tmp_path / "mine/C").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(SystemExit, match="mine/C: a link that leads nowhere"):
+        datasets.open_dataset(tmp_path / "mine")
+
+
+def test_a_tiff_in_which_zero_is_white_is_read_as_what_it_shows(tmp_path):
+    """In 16 bits as in 8: tag 262 (PhotometricInterpretation) 0, TIFF 6.0; Pillow turns 8 bits itself on writing."""
+    shown = np.linspace(20, 230, 64 * 64).reshape(64, 64)
+    for bits, stored in ((8, np.round(shown).astype(np.uint8)), (16, (65535 - np.round(257 * shown)).astype(np.uint16))):
+        Image.fromarray(stored).save(tmp_path / "white.tif", tiffinfo={262: 0})
+        with Image.open(tmp_path / "white.tif") as image:
+            assert image.tag_v2[262] == 0
+        assert abs(datasets.read_image(tmp_path / "white.tif")[..., 0] - shown).max() <= 1.1, bits
+
+
 def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
     """To the folder itself, the class, the data set, above it; by name and through another folder. A link to elsewhere is followed."""
     root = tmp_path / "mine"
