@@ -257,17 +257,14 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
         stop_lr=0.0, optimizer="sgd", schedule="plateau", info=None):
     """Train net on train and choose the epoch on val (both Cells); returns the rows of log.csv as dicts.
 
-    Resumes from folder/last.pt, which holds the best epoch too. Leaves log.csv and, at the end, best.pt: the
-    first epoch of highest validation accuracy, with what info says besides (models.load_checkpoint needs
-    model and init); net is left as in the last one. mean and std normalise images. SystemExit if the loss is
-    not finite, or the folder's run was begun with other settings or images. (Paper, 2.2, 2.3)
+    Resumes from folder/last.pt. Leaves net as in the last epoch, log.csv, and best.pt: the first epoch of
+    highest validation accuracy, with what info says besides (models.load_checkpoint needs model and init).
+    SystemExit if the loss is not finite, or last.pt is of other settings or images. (Paper, 2.2, 2.3)
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     cuda, (rank, number) = device.type == "cuda", ranks()
-    paths = "\n".join([*train.paths, "", *val.paths])
-    images = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     settings = {"lr": lr, "batch_size": batch_size, "seed": seed, "fold": fold, "image_size": image_size,
-                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": images}
+                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": digest_of(train, val)}
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device,
                   "amp": amp, "memory_format": memory_format}
@@ -351,6 +348,12 @@ def save(file, content):
             torch.save(content, handle)
         except RuntimeError as error:  # PyTorch's writer hides the reason
             raise OSError(f"{file}: cannot be written, disk full? ({str(error)[:90]!r})") from None
+
+
+def digest_of(train, val):
+    """SHA-256 of the images' paths in both parts, in hexadecimal."""
+    paths = "\n".join([*train.paths, "", *val.paths])
+    return hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
 
 
 def save_epoch(folder, last):
