@@ -351,8 +351,9 @@ def of_scores(study, run, table4, pairs):
         table5[f"{name}_mean"], table5[f"{name}_std"] = mean[i], std[i]
     comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds.values())
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
-    return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4),
-            "axis": (np.floor(f1.min()) / 10, np.ceil(f1.max()) / 10), "paper4": paper4, "paper5": paper5,
+    low = max(0, np.ceil(f1.min() - 1))
+    return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4), "paper4": paper4,
+            "axis": (low / 10, max(low + 1, np.ceil(f1.max())) / 10), "paper5": paper5,
             "statements": evaluate.statements(study, comparisons), "table5": table5.to_dict("records"),
             "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
             "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}

@@ -471,6 +471,18 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     assert browser.run("document.documentElement.scrollWidth") == 390
 
 
+def test_eight_images_all_right_get_their_page(tmp_path):
+    """Too few for any bin of the reliability diagram, so that none is drawn; the commands it names are of these folders."""
+    for fold in range(2):
+        paths, labels = [f"{fold}{i}" for i in range(4)], np.arange(4) % 2
+        p = np.where(np.eye(2)[labels] > 0, 0.6, 0.4)
+        file = tmp_path / f"runs/train/resnet18/random/fold{fold}/predictions.csv"
+        file.parent.mkdir(parents=True)
+        write_predictions(file, paths, labels, p, ["a", "b"])
+    html = make_page(tmp_path / "runs").read_text()
+    assert "Reliability diagram" not in html and f"--init random --runs {tmp_path / 'runs'}" in html
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "alexnet"], "no finished fold of alexnet"), (["--doubt", "vit_l_32/nowhere"], "no finished fold of vit_l_32/nowhere"),
     (["--pairs", "/nowhere.csv"], "/nowhere.csv: no CSV with columns label,accepted"), (["--runs", "/nowhere"], "/nowhere: no such folder")])
