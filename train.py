@@ -760,8 +760,15 @@ def open_split(file, cells, unreadable):
 
 # ---------------------------------------------------------------- how a script ends
 def interrupt(number, frame):
-    """Ctrl-C and SIGTERM: KeyboardInterrupt, once, and no complaint of PyTorch's about dead data workers."""
-    for other in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and SIGTERM: KeyboardInterrupt, once, and no complaint of PyTorch's about dead data workers.
+
+    A little later if one is just being forked: what is raised there, Python ignores (os.register_at_fork).
+    """
+    if any(inside.f_code.co_name == "_launch" for inside, _ in traceback.walk_stack(frame)):
+        signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        return
+    for other in (signal.SIGALRM, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
         signal.signal(other, lambda *_: None)  # not SIG_DFL: Python complains if one is on its way already
     raise KeyboardInterrupt(number)
 

@@ -439,6 +439,26 @@ def test_stopped_by_a_signal(starter, cells, tmp_path, number, group, workers):
     until(lambda: not script.family())
 
 
+AT_FORK = """
+import multiprocessing, os, signal, time
+import train
+signal.signal(signal.SIGTERM, train.interrupt)
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    multiprocessing.get_context("fork").Process(target=int).start()
+    time.sleep(20)
+    print("swallowed")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_signal_while_a_data_worker_is_forked_is_not_lost():
+    """What is raised in Python's fork hooks is ignored there (os.register_at_fork)."""
+    done = subprocess.run([sys.executable, "-c", AT_FORK], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
 def test_stopped_in_the_range_test(starter, cells, tmp_path):
     """Also in the range test, whose own output is kept off the screen, the line is seen."""
     script = starter.start(*command(cells, tmp_path, "--lr", "auto", "--batch-size", 64, "--epochs", 1000))
