@@ -17,12 +17,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
 import shutil
 import signal
 import sys
+import threading
 import unicodedata
 import warnings
 
@@ -466,8 +468,11 @@ def loader(batches, sampler, workers=0, pin=False):
 
 
 def quiet_worker(_):
-    """Data workers: one thread each, and Ctrl-C is the main process's business."""
+    """Data workers: one thread each, never outlive the main process, and Ctrl-C is its business, not theirs."""
     cv2.setNumThreads(0)
+    # PyTorch's own watch misses a parent that is killed while its worker starts
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # tracebacks at shutdown are noise; reading errors come another way
 

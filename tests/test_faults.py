@@ -485,6 +485,16 @@ def test_one_process_a_run(starter, cells, tmp_path):
     assert third.wait() == -signal.SIGKILL, third.err
 
 
+AT_BIRTH = "import os, signal; os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))"
+
+
+def test_killed_while_a_data_worker_starts(starter, cells, tmp_path):
+    """PyTorch's workers ask who their parent is once they have started: one born as its parent dies would wait for ever."""
+    killed = starter.run(*command(cells, tmp_path, "--workers", 1), before=AT_BIRTH)
+    assert killed.status == -signal.SIGKILL
+    until(lambda: not killed.family())
+
+
 def test_a_data_worker_dies(starter, cells, tmp_path):
     """The OOM killer takes a data worker: the run ends with a line, and leaves no process behind."""
     # epochs of a second: the signal must not come while the workers of a validation are forked, where Python ignores what
