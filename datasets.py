@@ -468,7 +468,7 @@ def loader(batches, sampler, workers=0, pin=False):
 
 
 def quiet_worker(_):
-    """Data workers: one thread each, never outlive the main process, and Ctrl-C is its business, not theirs."""
+    """Data workers: one thread each, never outlive the main process; Ctrl-C is its business alone."""
     cv2.setNumThreads(0)
     # PyTorch's own watch misses a parent that is killed while its worker starts
     parent = multiprocessing.parent_process()
@@ -637,7 +637,8 @@ def describe(info):
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
+    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
+        signal.signal(number, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders of data sets")
     parser.add_argument("--runs", default="runs", help="folder that keeps the result, as data/<name>.json")

@@ -308,7 +308,8 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="folder for the results")
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
+    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     cells = datasets.open_dataset(args.data)
@@ -334,7 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
+    main()

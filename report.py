@@ -415,6 +415,7 @@ def title(model, init):
 def main():
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")

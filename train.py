@@ -49,7 +49,7 @@ RANGE_LOW, RANGE_HIGH, RANGE_STEPS, RANGE_SMOOTHING = 1e-7, 10, 100, 0.05
 # what --optimizer and --schedule take; of an optimizer, the middle one of the rates that --lr auto tries
 OPTIMIZERS, SCHEDULES = {"sgd": 3e-3, "adamw": 3e-4}, ("plateau", "cosine")
 TRIAL_SHARES = (1 / 10, 1 / 3, 1, 10 / 3, 10)  # the rates tried, as shares of that one
-TRIAL_MIN_STEPS, TRIAL_MAX_STEPS, TRIAL_VAL_IMAGES = 20, 300, 2000
+TRIAL_MIN_STEPS, TRIAL_MAX_STEPS, TRIAL_LOOKS, TRIAL_VAL_IMAGES = 20, 300, 4, 2000
 
 EVAL_BATCH_SIZE = 64
 BUSY = 75  # exit status EX_TEMPFAIL
@@ -429,36 +429,52 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
 
 
 def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, **options):
-    """Train net on train for some steps at a constant rate; mean recall of the classes of val, half way and
-    at the end. options: predict's."""
+    """Train net on train for some steps at a constant rate; mean recall of the classes of val, over a look at
+    them after each quarter. options: predict's."""
     device, amp, layout = options["device"], options["amp"], LAYOUTS[options["memory_format"]]
     net.to(device, memory_format=layout)
     mean, std = (torch.tensor(options[key], dtype=torch.float32, device=device) for key in ("mean", "std"))
     optimizer = make_optimizer(optimizer, net, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
-    order.batches = steps // 2
+    order.batches = steps // TRIAL_LOOKS
     batches = datasets.Batches(train, options["image_size"], seed, 0, crop)
     batches = datasets.loader(batches, order, options["workers"], device.type == "cuda")
     recalls, images = [], np.bincount(val.targets)
-    for half in (1, 2):
-        order.epoch = half
+    for look in range(1, TRIAL_LOOKS + 1):
+        order.epoch = look
         iterator = iter(batches)
-        seed_all(DROPOUT, seed, 0, half, 0)
+        seed_all(DROPOUT, seed, 0, look, 0)
         iterator = tqdm(iterator, f"trying the rate {lr:g}", len(batches), leave=False, disable=None)
         train_epoch(net, iterator, optimizer, scaler, mean, std, device, amp, layout)
         right = predict(net, val, alone=True, **options).argmax(1).numpy() == val.targets
         recalls.append((np.bincount(val.targets, right)[images > 0] / images[images > 0]).mean())
-    print(f"rate {lr:g}: mean recall {np.mean(recalls):.4f} after {steps // 2} and {steps} steps", flush=True)
+    print(f"rate {lr:g}: mean recall {np.mean(recalls):.4f} in the course of {steps} steps", flush=True)
     return float(np.mean(recalls))
+
+
+def middle_rate(candidates, images):
+    """(The middle of the good rates, is any better than chance?), of candidates [(rate, mean recall)].
+
+    images: numbers of validation images of the classes. The geometric mean of the rates, each weighted by how
+    likely it is to be as good as the best: exp(-z²/2), z being its difference in mean recall from the best one
+    in standard errors. The images' part of their variance is doubled, since training has as much luck.
+    """
+    def variance(recall):  # of a mean recall, by the choice of images
+        return recall * (1 - recall) * (1 / images).sum() / len(images) ** 2
+    rates, recalls = np.array(candidates).T
+    best, chance = recalls.max(), 1 / len(images)
+    weights = np.exp(-(best - recalls) ** 2 / 2 / (4 * variance(best) + 1e-12))
+    rate = np.exp(np.average(np.log(rates), weights=weights))
+    return float(f"{rate:.2g}"), best > chance + math.sqrt(variance(chance))
 
 
 def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **options):
     """The initial learning rate of a model and init, once for all folds, from fold 0 (measured.json).
 
     The range test says where the loss explodes. Each of five rates that lies below is tried on a new network;
-    the one of the highest mean recall is taken. Both together take at most half of one fold's steps. A run
-    too short for that, or in which no network learns so soon, takes the middle one.
+    middle_rate chooses by their mean recalls. Both together take at most half of one fold's steps; a run too
+    short for that takes the middle one of the five.
     """
     if not len(train) or not len(val):
         raise SystemExit(f"{folder}: fold 0 has no images to train on or to validate with, by which the rate "
@@ -479,9 +495,7 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
                                  "this row a --name of its own")
         if "lr" in found:
             return found["lr"]
-        found["candidates"], (_, images) = [], np.unique(val.targets, return_counts=True)
-        chance = 1 / len(images)  # and the standard error of a recall of chance:
-        chance += math.sqrt((chance * (1 - chance) / images).sum()) / len(images)
+        found["candidates"] = []
         if steps >= TRIAL_MIN_STEPS:
             rates, losses = range_test(make_net(0), train, **options)
             with datasets.open_atomic(folder / "lr_range.csv", "w") as handle:
@@ -489,11 +503,13 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
             for lr in [lr for lr in tried if lr < rates[-1]]:
                 found["candidates"].append((lr, try_lr(make_net(0), train, val, lr, steps=steps, **options)))
             torch.cuda.empty_cache()  # other jobs of this GPU may need it
-        found["lr"], best = max(found["candidates"], key=lambda row: row[1], default=(middle, 0))
-        if best <= chance:
-            why = "no network learned in the trial" if best else "too few steps to try rates"
-            print(f"{folder}: {why}: learning rate {middle:g}; --lr sets another")
-            found["lr"] = middle
+        found["lr"], learned, why = middle, False, "too few steps to try rates"
+        if found["candidates"]:
+            images = np.unique(val.targets, return_counts=True)[1]
+            found["lr"], learned = middle_rate(found["candidates"], images)
+            why = "no network learned in the trial"
+        if not learned:
+            print(f"{folder}: {why}: learning rate {found['lr']:g}; --lr sets another")
         with datasets.open_atomic(file, "w") as handle:
             json.dump(found, handle)
     return found["lr"]

@@ -4,6 +4,7 @@ Truth comes from numpy.geomspace for the rates and from a softmax regression tra
 """
 import csv
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from sklearn import metrics
 
 import datasets
@@ -178,9 +180,8 @@ def test_what_is_kept_of_it(measured):
     rates, losses = np.array(rows, float).T
     assert header == ["lr", "loss"] and np.allclose(rates, RATES[:len(rates)], rtol=1e-9, atol=0)
     assert len(losses) == len(rates) > 50
-    tried, scores = zip(*found["candidates"])
-    best = tried[np.argmax(scores)] if max(scores) > 1 / 3 else 0.003
-    assert found["lr"] == best and max(tried) < rates[-1] and len(tried) == 5
+    tried = [rate for rate, _ in found["candidates"]]
+    assert found["lr"] == train.middle_rate(found["candidates"], np.full(3, 2))[0] and max(tried) < rates[-1] and len(tried) == 5
     assert json.loads((folder / "fold1/config.json").read_text())["lr"] == found["lr"]
 
 
@@ -250,11 +251,11 @@ def test_a_short_run_takes_the_middle_rate_and_says_so(pictures, tmp_path, capsy
 
 # ---------------------------------------------------------------- the trial
 def test_a_trial_is_sgd_at_a_constant_rate_by_hand(cells):
-    """Half of the steps, a look at the validation images, the other half, and again: a regression by hand in NumPy."""
+    """Four times a quarter of the steps and a look at the validation images: a regression by hand in NumPy."""
     seen, val, right = [], cells.subset(np.arange(10, 23)), []
-    score = train.try_lr(regression(seen), cells, val, 1e-2, steps=40, **SETTINGS, optimizer="sgd")
+    score = train.try_lr(regression(seen), cells, val, 1e-2, steps=80, **SETTINGS, optimizer="sgd")
     (weight, bias), moves = (p.detach().double().numpy().copy() for p in regression([]).parameters()), [0, 0]
-    assert [len(batch) for batch, _ in seen] == [*[8] * 20, 13, *[8] * 20, 13]
+    assert [len(batch) for batch, _ in seen] == 4 * [*[8] * 20, 13]
     for batch, _ in seen:
         x = batch.double().numpy().reshape(len(batch), -1)
         logits = x @ weight.T + bias
@@ -266,19 +267,51 @@ def test_a_trial_is_sgd_at_a_constant_rate_by_hand(cells):
         slope = (p - np.eye(2)[labels(batch)]) / 8
         moves = [0.9 * moves[0] + slope.T @ x, 0.9 * moves[1] + slope.sum(0)]
         weight, bias = weight - 1e-2 * moves[0], bias - 1e-2 * moves[1]
-    assert len(right) == 2 and score == pytest.approx(np.mean(right)) != 0.5
+    assert len(right) == 4 and score == pytest.approx(np.mean(right)) != 0.5
 
 
-def test_the_rate_of_the_highest_recall_is_taken(cells, tmp_path):
+def test_the_rates_are_tried_and_kept_with_their_recalls(cells, tmp_path):
     """Half decades about 0.003, each from the same first weights, trained and validated on what is given; kept with their scores."""
     part, val = {"optimizer": "sgd", **SETTINGS}, cells.subset(np.r_[10:20, np.repeat([20, 21, 22], 4)])
     rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=200, **part)
     found = json.loads((tmp_path / "measured.json").read_text())
     tried, scores = zip(*found["candidates"])
     assert tried == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) and max(scores) > 1 / 2
-    assert found["lr"] == rate == tried[np.argmax(scores)]
+    assert found["lr"] == rate == train.middle_rate(found["candidates"], np.unique(val.targets, return_counts=True)[1])[0]
     again = [train.try_lr(regression([]), cells, val, lr, steps=40, **part) for lr in tried]
     assert again == list(scores)  # (200 epochs x 3 steps / 2 - 100) / 5 rates
+
+
+RATES_TRIED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+@pytest.mark.parametrize("recalls, number", [
+    ((0.2, 0.6, 0.2, 0.2, 0.2), 1), ((1, 0.5, 0.5, 0.5, 0.5), 1),  # one stands out
+    ((0.2, 0.6, 0.6, 0.2, 0.2), 2), ((0.6, 0.6, 0.6, 0.1, 0.1), 3), ((0.2, 1, 1, 0.2, 0.2), 2)])  # as good as each other
+def test_the_middle_of_the_good_rates_is_taken(recalls, number):
+    """The geometric mean of those that are as good as the best, with two digits."""
+    good = [rate for rate, recall in zip(RATES_TRIED, recalls) if recall == max(recalls)]
+    assert len(good) == number
+    assert train.middle_rate(list(zip(RATES_TRIED, recalls)), np.full(10, 80)) == (float(f"{stats.gmean(good):.2g}"), True)
+
+
+def test_rates_are_weighted_by_the_chance_of_such_a_difference():
+    """The standard error from recalls drawn class by class, the weights from SciPy's normal density."""
+    images, rng = np.array([80, 80, 40, 200, 10]), np.random.default_rng(0)
+    drawn = (rng.binomial(images, 0.6, (4, 200_000, 5)) / images).mean(2)
+    error = (drawn[0] + drawn[1] - drawn[2] - drawn[3]).std()  # of a difference, all variances doubled
+    weights = stats.norm.pdf([0.04, 0, 0.05, 0.12, 0.4], scale=error)
+    rate, _ = train.middle_rate(list(zip(RATES_TRIED, (0.56, 0.6, 0.55, 0.48, 0.2))), images)
+    assert rate == pytest.approx(stats.gmean(RATES_TRIED, weights=weights), rel=0.03)
+    assert min(abs(math.log(rate / other)) for other in (stats.gmean(RATES_TRIED[:3]), *RATES_TRIED)) > 0.1  # a case that matters
+
+
+def test_chance_is_no_learning():
+    """A rate must beat chance by more than the standard error of networks that guess, drawn here."""
+    images, rng = np.full(7, 80), np.random.default_rng(0)
+    error = (rng.binomial(80, 1 / 7, (100_000, 7)) / 80).mean(1).std()
+    for errors, learned in ((0.9, False), (1.1, True)):
+        assert train.middle_rate([(0.003, 1 / 7 + errors * error)], images) == (0.003, learned)
 
 
 @pytest.mark.parametrize("optimizer, epochs, expected", [("sgd", 100, []), ("adamw", 160, [3e-5])])
@@ -297,11 +330,11 @@ def test_a_fold_0_without_images_is_said(cells, tmp_path, rows):
         train.find_lr(tmp_path, lambda seed: regression([]), *parts, epochs=200, optimizer="sgd", **SETTINGS)
 
 
-def test_where_nothing_is_learned_the_middle_rate_is_taken(cells, tmp_path, capsys):
+def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, capsys):
     """Black pictures: all networks name one class, whose recall of 1 makes 1/2 in the mean; this is said."""
     black = datasets.Cells(".", "two", cells.classes, cells.paths, cells.targets, read=lambda path: np.zeros((12, 12, 3), np.uint8))
-    assert train.find_lr(tmp_path, lambda seed: regression([]), black, black, epochs=200, optimizer="sgd", **SETTINGS) == 0.003
-    assert "no network learned in the trial: learning rate 0.003" in capsys.readouterr().out
+    assert train.find_lr(tmp_path, lambda seed: regression([]), black, black, epochs=200, optimizer="sgd", **SETTINGS) == 0.0031
+    assert "no network learned in the trial: learning rate 0.0031" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- kept
