@@ -2,6 +2,7 @@
 
 Truth comes from numpy.geomspace for the rates and from a softmax regression trained by hand in NumPy for the losses.
 """
+import collections
 import csv
 import json
 import math
@@ -320,6 +321,16 @@ def test_half_of_the_steps_at_most(cells, tmp_path, optimizer, epochs, expected)
     train.find_lr(tmp_path, lambda seed: regression([]), cells, cells, epochs=epochs, optimizer=optimizer, **SETTINGS)
     found = json.loads((tmp_path / "measured.json").read_text())
     assert [rate for rate, _ in found["candidates"]][:1] == expected
+
+
+def test_rare_classes_are_all_looked_at(cells, tmp_path):
+    """2,000 validation images at most, a thousand of either class, so that all 40 of the rarer one are among them."""
+    seen = collections.Counter()
+    paths, targets = [f"{i}.png" for i in range(1540)], np.repeat([0, 1], (1500, 40))
+    val = datasets.Cells(".", "two", cells.classes, paths, targets, read=lambda path: seen.update([path]) or np.zeros((12, 12, 3), np.uint8))
+    train.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=140, optimizer="sgd", **SETTINGS)
+    assert set(seen.values()) == {2 * 5} and len(seen) == 1040  # two looks for each of five rates
+    assert set(paths[1500:]) <= set(seen)
 
 
 @pytest.mark.parametrize("rows", [(slice(0), slice(None)), (slice(None), slice(0))])
