@@ -484,7 +484,7 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
     middle = OPTIMIZERS[options["optimizer"]]
     tried = [float(f"{middle * share:.1g}") for share in TRIAL_SHARES]
     some = np.random.default_rng([TRIAL, options["seed"]]).permutation(len(val))
-    share = math.ceil(TRIAL_VAL_IMAGES / len(val.classes))  # of each class, for the mean recall counts them alike
+    share = math.ceil(TRIAL_VAL_IMAGES / len(val.classes))  # of each class: they count alike
     some = [some[val.targets[some] == c][:share] for c in range(len(val.classes))]
     val = val.subset(np.sort(np.concatenate(some)))
     same = {key: options[key] for key in ("optimizer", "batch_size", "image_size", "seed")}
