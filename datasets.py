@@ -636,9 +636,16 @@ def describe(info):
     return "\n".join(lines + [f"  note: {note}" for note in info["notes"]])
 
 
+def end_in_a_line():
+    """`| head` ends a script without a word, Ctrl-C with one line instead of a traceback."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, *rest: (
+        print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else usual(kind, *rest))
+
+
 def main():
-    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
-        signal.signal(number, signal.SIG_DFL)
+    end_in_a_line()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders of data sets")
     parser.add_argument("--runs", default="runs", help="folder that keeps the result, as data/<name>.json")

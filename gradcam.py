@@ -212,8 +212,7 @@ def find_device(parser, name):
 
 
 def main():
-    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
-        signal.signal(number, signal.SIG_DFL)
+    datasets.end_in_a_line()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="default: that of Table 4's best row")
     parser.add_argument("--init")

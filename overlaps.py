@@ -308,9 +308,8 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="folder for the results")
     args = parser.parse_args()
-    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    datasets.end_in_a_line()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half file stays
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     cells = datasets.open_dataset(args.data)
     info = datasets.check_dataset(cells, args.runs)

@@ -245,8 +245,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
 
 
 def main():
-    for number in (signal.SIGPIPE, signal.SIGINT):  # `| head` and Ctrl-C end without a traceback
-        signal.signal(number, signal.SIG_DFL)
+    datasets.end_in_a_line()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", help="best.pt of one or more networks, which are averaged")
     parser.add_argument("--images", type=pathlib.Path, help="folder of new images, or one image")

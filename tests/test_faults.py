@@ -485,6 +485,15 @@ def test_one_process_a_run(starter, cells, tmp_path):
     assert third.wait() == -signal.SIGKILL, third.err
 
 
+@pytest.mark.parametrize("script", ["datasets.py", "overlaps.py"])
+def test_ctrl_c_in_a_script_that_only_reads(starter, cells, tmp_path, script):
+    """One line, as a signal ends a program, and no part of a result."""
+    ended = starter.run(script, "--data", cells, "--runs", tmp_path / "runs", before=DIE_AT_IMAGE.replace("SIGKILL", "SIGINT").format(n=20))
+    assert ended.status == -signal.SIGINT
+    one_line(ended, "stopped")
+    assert not [file for file in (tmp_path / "runs").rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
 AT_BIRTH = "import os, signal; os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))"
 
 
