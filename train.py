@@ -262,9 +262,9 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     SystemExit if the loss is not finite, or last.pt is of other settings or images. (Paper, 2.2, 2.3)
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
-    cuda, (rank, number) = device.type == "cuda", ranks()
+    cuda, images, (rank, number) = device.type == "cuda", digest_of(train.paths, val.paths), ranks()
     settings = {"lr": lr, "batch_size": batch_size, "seed": seed, "fold": fold, "image_size": image_size,
-                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": digest_of(train, val)}
+                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": images}
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device,
                   "amp": amp, "memory_format": memory_format}
@@ -350,10 +350,10 @@ def save(file, content):
             raise OSError(f"{file}: cannot be written, disk full? ({str(error)[:90]!r})") from None
 
 
-def digest_of(train, val):
-    """SHA-256 of the images' paths in both parts, in hexadecimal."""
-    paths = "\n".join([*train.paths, "", *val.paths])
-    return hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
+def digest_of(*parts):
+    """SHA-256 of lines of text (paths, say), in one or more parts, in hexadecimal."""
+    text = "\n\n".join(map("\n".join, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def save_epoch(folder, last):
@@ -457,14 +457,15 @@ def middle_rate(candidates, images):
     """(The middle of the good rates, is any better than chance?), of candidates [(rate, mean recall)].
 
     images: numbers of validation images of the classes. The geometric mean of the rates, each weighted by how
-    likely it is to be as good as the best: exp(-z²/2), z being its difference in mean recall from the best one
-    in standard errors. The images' part of their variance is doubled, since training has as much luck.
+    likely it is to be as good as the best: exp(-z²/2), z being its difference from the best mean recall in
+    standard errors. The images' part of their variance is doubled, since training has as much luck.
     """
     def variance(recall):  # of a mean recall, by the choice of images
         return recall * (1 - recall) * (1 / images).sum() / len(images) ** 2
     rates, recalls = np.array(candidates).T
     best, chance = recalls.max(), 1 / len(images)
-    weights = np.exp(-(best - recalls) ** 2 / 2 / (4 * variance(best) + 1e-12))
+    spread = 4 * variance(best) + 1e-12  # of a difference; a perfect recall has none
+    weights = np.exp(-(best - recalls) ** 2 / 2 / spread)
     rate = np.exp(np.average(np.log(rates), weights=weights))
     return float(f"{rate:.2g}"), best > chance + math.sqrt(variance(chance))
 
@@ -600,8 +601,7 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     if not len(train) or not len(val):
         raise SystemExit(f"{cells.root}: {len(train)} images to train on and {len(val)} to validate with in "
                          f"fold {fold}, which needs both: more images, or another split.csv")
-    rows = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
-    split = hashlib.sha256(rows.encode(errors="surrogateescape")).hexdigest()
+    split = digest_of(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
     settings |= {key: value for key, value in options.items() if key not in ("device", "workers", "compile")}
     device, images = options["device"], {"mean": info["mean"], "std": info["std"]}
