@@ -5,6 +5,7 @@
 A data set is a folder: PatchCamelyon's HDF5 files, a COCO detection set (each box becomes one image), or
 class folders. Another format takes one opener that returns Cells, and one line in open_dataset.
 """
+
 import argparse
 import collections
 import concurrent.futures
@@ -36,18 +37,25 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .jp2 .j2k .ppm .pgm .pbm".split())
-OTHER_TYPES = tuple(".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .exr .dng .cr2 .svs .ndpi "
-                    ".mrxs .scn .czi .lif .nd2 .vsi .dcm .npy .mat".split())  # pictures that are not read
+OTHER_TYPES = tuple(
+    ".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .exr .dng .cr2 .svs .ndpi "
+    ".mrxs .scn .czi .lif .nd2 .vsi .dcm .npy .mat".split()
+)  # pictures that are not read
 SYSTEM = "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found thumbs thumbnails".split()
 OUTPUT = ["split.csv", "overlaps.csv", "predictions.csv", "data/*.json", "train/*/*/fold*", "pretrain/*/*/*"]
 # in the order of Table 5; classes of other data sets are in alphabetical order
 BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
 # Tables 1 and 2: images, classes, (counts and sizes are not printed,) channel mean ± std of red, green, blue
-PAPER = {"bm": ("171,374", 21, "", "", "0.5630 ± 0.2421", "0.4959 ± 0.2835", "0.7353 ± 0.1767"),
-         "cd": ("48,587", 11, "", "", "0.7255 ± 0.2705", "0.7826 ± 0.2380", "0.8270 ± 0.1834"),
-         "pcam": ("262,144 for training", 2, "", "", "0.7008 ± 0.2350", "0.5384 ± 0.2774", "0.6916 ± 0.2129")}
-SOURCES = {"bm": "doi.org/10.7937/TCIA.AXH3-T579", "cd": "github.com/kuku-sichuan/ComparisonDetector",
-           "pcam": "github.com/basveeling/pcam"}
+PAPER = {
+    "bm": ("171,374", 21, "", "", "0.5630 ± 0.2421", "0.4959 ± 0.2835", "0.7353 ± 0.1767"),
+    "cd": ("48,587", 11, "", "", "0.7255 ± 0.2705", "0.7826 ± 0.2380", "0.8270 ± 0.1834"),
+    "pcam": ("262,144 for training", 2, "", "", "0.7008 ± 0.2350", "0.5384 ± 0.2774", "0.6916 ± 0.2129"),
+}
+SOURCES = {
+    "bm": "doi.org/10.7937/TCIA.AXH3-T579",
+    "cd": "github.com/kuku-sichuan/ComparisonDetector",
+    "pcam": "github.com/basveeling/pcam",
+}
 PARTS = re.compile("train|test|val|image|mask|annotation", re.IGNORECASE)  # begin names that are no classes
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
@@ -129,7 +137,7 @@ def warp(image, size, box, angle, flip_x=False, flip_y=False):
     Returns uint8 [size,size,3]; uncovered corners are black (2.3); larger crops are shrunk antialiased.
     """
     top, left, h, w = box
-    image = image[top:top + h, left:left + w]
+    image = image[top : top + h, left : left + w]
     if h > size or w > size:
         h, w = min(h, size), min(w, size)
         image = resize(image, h, w)
@@ -169,8 +177,9 @@ class Cells:
     "test" [N] or None: arrays, since reference counts of lists would copy every page into every worker.
     """
 
-    def __init__(self, root, name, classes, paths, targets, notes=(), read=None, files=None, groups=None,
-                 parts=None):
+    def __init__(
+        self, root, name, classes, paths, targets, notes=(), read=None, files=None, groups=None, parts=None
+    ):
         self.root, self.name, self.classes, self.notes = pathlib.Path(root), name, list(classes), list(notes)
         self.paths, self.targets, self.read = np.asarray(paths, np.str_), np.asarray(targets, np.int64), read
         if files is None and read is None:
@@ -360,7 +369,7 @@ def cut_box(picture, area):
     if picture is None or not is_box or min(area[2:]) <= 1:
         return None, "width or height of 1 or less, no cell"
     x, y, w, h = area
-    crop = picture[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))]
+    crop = picture[max(0, round(y)) : max(0, round(y + h)), max(0, round(x)) : max(0, round(x + w))]
     return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
 
 
@@ -384,8 +393,10 @@ def open_pcam(folder, name):
             why = f"{error}".splitlines()[0]
             raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
         if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
-            raise SystemExit(f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
-                             "expected [N,96,96,3] and as many labels, 0 or 1")
+            raise SystemExit(
+                f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
+                "expected [N,96,96,3] and as many labels, 0 or 1"
+            )
         paths += [f"{part}/{i}" for i in range(len(labels))]
         parts += [short] * len(labels)
         targets.append(labels)
@@ -397,6 +408,7 @@ def open_pcam(folder, name):
 def open_hdf5(file, process):
     """An HDF5 file, opened once in each process, since handles don't survive a fork."""
     import h5py
+
     try:
         return h5py.File(file, "r")
     except OSError:  # reading needs no lock, which a file system may not have, or another program
@@ -457,14 +469,21 @@ class BalancedEpochs(torch.utils.data.Sampler):
         label = rng.integers(len(self.sizes), size=self.batches * self.batch_size)
         order = self.images[np.cumsum(self.sizes)[label] - 1 - rng.integers(self.sizes[label])]
         for first in range(self.rank * self.share, len(order), self.batch_size):
-            yield self.epoch, first, order[first:first + self.share]
+            yield self.epoch, first, order[first : first + self.share]
 
 
 def loader(batches, sampler, workers=0, pin=False):
     """DataLoader over Batches; sampler yields the keys. Results do not depend on the number of workers."""
     return torch.utils.data.DataLoader(
-        batches, batch_sampler=sampler, num_workers=workers, collate_fn=tuple, pin_memory=pin,
-        persistent_workers=workers > 0, timeout=600 if workers else 0, worker_init_fn=quiet_worker)
+        batches,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=tuple,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        timeout=600 if workers else 0,
+        worker_init_fn=quiet_worker,
+    )
 
 
 def quiet_worker(_):
@@ -553,7 +572,7 @@ def in_threads(function, items, text, unit, threads=None):
     bar = tqdm(total=len(items), desc=text, unit=unit, disable=None)
     with concurrent.futures.ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool, bar:
         for start in range(0, len(items), 256):  # since map keeps all results that wait
-            for result in pool.map(function, items[start:start + 256]):
+            for result in pool.map(function, items[start : start + 256]):
                 yield result
                 bar.update()
 
@@ -576,7 +595,7 @@ def check_dataset(cells, runs="runs", workers=None):
     file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
     with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
-        if info.get("fingerprint") == stamp and info["notes"][:len(cells.notes)] == cells.notes:
+        if info.get("fingerprint") == stamp and info["notes"][: len(cells.notes)] == cells.notes:
             return info
         total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()  # exact sums
         same, odd = collections.defaultdict(list), collections.defaultdict(list)
@@ -604,12 +623,20 @@ def check_dataset(cells, runs="runs", workers=None):
         if across:
             examples = " and ".join(cells.paths[across[0]][:2])
             notes.append(f"{len(across)} groups of equal images have several labels, e.g. {examples}")
-        info = {"name": cells.name, "root": str(cells.root), "fingerprint": stamp, "classes": cells.classes,
-                "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(),
-                "mean": mean.tolist(), "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
-                "sizes": dict(sizes.most_common()), "unreadable": unreadable, "notes": cells.notes + notes,
-                "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
-                "across_classes": len(across)}
+        info = {
+            "name": cells.name,
+            "root": str(cells.root),
+            "fingerprint": stamp,
+            "classes": cells.classes,
+            "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(),
+            "mean": mean.tolist(),
+            "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
+            "sizes": dict(sizes.most_common()),
+            "unreadable": unreadable,
+            "notes": cells.notes + notes,
+            "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
+            "across_classes": len(across),
+        }
         with open_atomic(file, "w") as handle:
             json.dump(info, handle, indent=1)
     return info
@@ -641,7 +668,8 @@ def end_in_a_line():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     usual = sys.excepthook
     sys.excepthook = lambda kind, *rest: (
-        print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else usual(kind, *rest))
+        print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else usual(kind, *rest)
+    )
 
 
 def main():

@@ -6,6 +6,7 @@
 Reads predictions.csv and config.json of runs/train/<model>/<init>/fold<k>, runs/split.csv and overlaps.csv;
 writes tables and pictures into runs/results. An invalid file is named on stderr and left out (status 1).
 """
+
 import argparse
 import contextlib
 import io
@@ -25,24 +26,52 @@ from matplotlib.figure import Figure
 from scipy import special
 
 # Models, inits and classes in the order of Tables 4 and 5, with the names that the paper prints
-MODELS = {"vgg19_bn": "VGG-19 BN", "resnet152": "ResNet-152", "regnet_y_32gf": "Regnet_y_32gf",
-          "vit_l_32": "ViT_l_32", "resnext50_32x4d": "ResNeXt-50"}
-INITS = {"random": "Random", "imagenet": "ImageNet", "pcam": "PCam", "cd": "CD",
-         "imagenet+pcam": "ImageNet + PCam", "imagenet+cd": "ImageNet + CD"}
+MODELS = {
+    "vgg19_bn": "VGG-19 BN",
+    "resnet152": "ResNet-152",
+    "regnet_y_32gf": "Regnet_y_32gf",
+    "vit_l_32": "ViT_l_32",
+    "resnext50_32x4d": "ResNeXt-50",
+}
+INITS = {
+    "random": "Random",
+    "imagenet": "ImageNet",
+    "pcam": "PCam",
+    "cd": "CD",
+    "imagenet+pcam": "ImageNet + PCam",
+    "imagenet+cd": "ImageNet + CD",
+}
 CLASSES = {
-    "NGB": "Band neutrophils", "NGS": "Segmented neutrophils", "LYT": "Lymphocytes", "MON": "Monocytes",
-    "EOS": "Eosinophils", "BAS": "Basophils", "MMZ": "Metamyelocytes", "MYB": "Myelocytes",
-    "PMO": "Promyelocytes", "BLA": "Blasts", "PLM": "Plasma cells", "KSC": "Smudge cells",
-    "OTH": "Other cells", "ART": "Artefacts", "NIF": "Not identifiable", "PEB": "Proerythroblasts",
-    "EBO": "Erythroblasts", "HAC": "Hairy cells", "ABE": "Abnormal eosinophils",
-    "LYI": "Immature lymphocytes", "FGC": "Faggot cells"}
+    "NGB": "Band neutrophils",
+    "NGS": "Segmented neutrophils",
+    "LYT": "Lymphocytes",
+    "MON": "Monocytes",
+    "EOS": "Eosinophils",
+    "BAS": "Basophils",
+    "MMZ": "Metamyelocytes",
+    "MYB": "Myelocytes",
+    "PMO": "Promyelocytes",
+    "BLA": "Blasts",
+    "PLM": "Plasma cells",
+    "KSC": "Smudge cells",
+    "OTH": "Other cells",
+    "ART": "Artefacts",
+    "NIF": "Not identifiable",
+    "PEB": "Proerythroblasts",
+    "EBO": "Erythroblasts",
+    "HAC": "Hairy cells",
+    "ABE": "Abnormal eosinophils",
+    "LYI": "Immature lymphocytes",
+    "FGC": "Faggot cells",
+}
 SCORES = ("precision", "recall", "f1")
 COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
-COMPARISON = ("family model init against_model against_init folds difference low high p p_holm "
-              "smallest_difference").split()
-COMMON = 100                    # f1_common averages the classes of at least so many images
-LEVEL = 0.05                    # significance level; intervals cover 1 - LEVEL
-PAPER_RATIO = 0.20 / 0.64       # test images / training images of the paper's split, used without a split.csv
+COMPARISON = (
+    "family model init against_model against_init folds difference low high p p_holm smallest_difference"
+).split()
+COMMON = 100  # f1_common averages the classes of at least so many images
+LEVEL = 0.05  # significance level; intervals cover 1 - LEVEL
+PAPER_RATIO = 0.20 / 0.64  # test images / training images of the paper's split, used without a split.csv
 # Settings in config.json that all folds should share; all rows, too, but for the learning rate
 SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr weights".split()
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
@@ -128,9 +157,10 @@ def read_predictions(file):
         sound = (p >= 0).all(1) & (abs(p.sum(1) - 1) < 0.001)
         sound &= p[np.arange(len(p)), predictions] > p.max(1) - 1e-5
         for wrong, reason in (
-                (table.path.duplicated(), "appears more than once"),
-                (np.minimum(labels, predictions) < 0, "has a class that is not in the header"),
-                (~sound, "has probabilities that don't add up to 1 or don't fit the prediction")):
+            (table.path.duplicated(), "appears more than once"),
+            (np.minimum(labels, predictions) < 0, "has a class that is not in the header"),
+            (~sound, "has probabilities that don't add up to 1 or don't fit the prediction"),
+        ):
             if wrong.any():
                 raise ValueError(f"{table.path.iloc[wrong.argmax()]!r} {reason}")
         return Predictions(table.path.tolist(), labels, predictions, p, classes)
@@ -161,9 +191,11 @@ def read_overlaps(file, split):
     for one, other in (rows.T, rows.T[::-1]):
         np.logical_or.at(shared, one, trained.to_numpy()[other])
     shared = tested & shared
-    note = (f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
-            f"image of their fold ({len(known):,} pairs); the last columns of Table 4 omit them, "
-            "but don't measure what the overlap does: these may be harder or easier cells.")
+    note = (
+        f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
+        f"image of their fold ({len(known):,} pairs); the last columns of Table 4 omit them, "
+        "but don't measure what the overlap does: these may be harder or easier cells."
+    )
     if len(pairs) > len(known):
         note += f" {len(pairs) - len(known):,} pairs are ignored: their images are not in split.csv."
     return shared, note
@@ -193,8 +225,10 @@ def read_study(runs):
     else:
         counts = split.label.drop(list(left_out), errors="ignore").value_counts()
         images = counts.reindex(classes, fill_value=0).to_numpy()
-    notes = [f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
-             for k, c in sorted(notes)]
+    notes = [
+        f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
+        for k, c in sorted(notes)
+    ]
     notes = [overlaps] * bool(overlaps) + notes + setting_notes(study)
     return Study(classes, images, study, problems, notes, split, overlaps)
 
@@ -203,7 +237,7 @@ def read_fold(file, k, classes, split, shared):
     """Fold k of a run and its classes; ValueError if these are not `classes`, or the split contradicts it."""
     one, fold, config, no_overlap = read_predictions(file), f"fold{k}", {}, None
     n, expected = len(one.classes), len(one.paths)
-    with contextlib.suppress(OSError, ValueError, TypeError):       # less is checked without it
+    with contextlib.suppress(OSError, ValueError, TypeError):  # less is checked without it
         config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
     train_images = config.get("train_images", np.nan)
     with error_context(file):
@@ -214,10 +248,12 @@ def read_fold(file, k, classes, split, shared):
             wrong = here.label != np.array(one.classes, object)[one.labels]
             wrong |= here.get(fold) != "test"
             if wrong.any():
-                raise ValueError(f"{wrong.sum()} images are not in the test part of {fold} with this label, "
-                                 f"e.g. {wrong.idxmax()!r}")
+                raise ValueError(
+                    f"{wrong.sum()} images are not in the test part of {fold} with this label, "
+                    f"e.g. {wrong.idxmax()!r}"
+                )
             expected, train_images = ((split[fold] == part).sum() for part in ("test", "train"))
-        expected = config.get("test_images", expected)          # fewer than the split's if some can't be read
+        expected = config.get("test_images", expected)  # fewer than the split's if some can't be read
         if len(one.paths) != expected:
             raise ValueError(f"has {len(one.paths)} rows for {expected} test images")
     confusion = count_confusion(one.labels, one.predictions, n)
@@ -233,23 +269,28 @@ def setting_notes(runs):
     notes = []
     for key in SETTINGS:
         used = {run: {str(one.config.get(key))[:12] for one in runs[run].values()} - {"None"} for run in runs}
-        notes += [f"{' '.join(paper_names(*run))}: its folds used different {key} "
-                  f"({', '.join(sorted(values))}), so they don't repeat one experiment."
-                  for run, values in used.items() if len(values) > 1]
+        notes += [
+            f"{' '.join(paper_names(*run))}: its folds used different {key} "
+            f"({', '.join(sorted(values))}), so they don't repeat one experiment."
+            for run, values in used.items()
+            if len(values) > 1
+        ]
         every = set().union(*used.values())
         if key not in ("lr", "weights") and len(every) > max(map(len, used.values()), default=0):
             notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
     used = {(k, one.config.get("split")) for folds in runs.values() for k, one in folds.items()}
     if max(Counter(k for k, split in used if split).values(), default=0) > 1:
-        notes.append("The rows were trained under different splits: their folds are no pairs, and the tests "
-                     "between them don't hold.")
+        notes.append(
+            "The rows were trained under different splits: their folds are no pairs, and the tests "
+            "between them don't hold."
+        )
     return notes
 
 
 # ---------------------------------------------------------------- scores
 def count_confusion(labels, predictions, n_classes):
     """int64 [C,C]: confusion matrix of class numbers; rows are labels."""
-    counts = np.bincount(np.asarray(labels) * n_classes + predictions, minlength=n_classes ** 2)
+    counts = np.bincount(np.asarray(labels) * n_classes + predictions, minlength=n_classes**2)
     return counts.reshape(n_classes, n_classes)
 
 
@@ -268,7 +309,7 @@ def per_class_scores(labels, predictions, n_classes):
 def moments(values):
     """Mean and sample std (ddof=1) over axis 0 without NaNs; NaN where none or fewer than two remain."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # of NaNs alone
+        warnings.simplefilter("ignore")  # of NaNs alone
         return np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
 
 
@@ -328,21 +369,36 @@ def mean_confusion(folds):
 def draw_confusion(matrix, images, classes, title):
     """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale."""
     n, names = len(classes), [printable(name) for name in classes]
-    label = 0.6 + 0.09 * max(map(len, names))           # inches; a layout engine would double the time
+    label = 0.6 + 0.09 * max(map(len, names))  # inches; a layout engine would double the time
     width, height = label + 0.44 * n + 2.6, label + 0.36 * n + 0.4
     figure = Figure(figsize=(width, height))
-    cells, bars = figure.subplots(1, 2, sharey=True, gridspec_kw={
-        "left": label / width, "right": 1 - 0.2 / width, "bottom": label / height, "top": 1 - 0.4 / height,
-        "width_ratios": (0.44 * n, 2.2), "wspace": 0.4 / (0.22 * n + 1.1)})
+    cells, bars = figure.subplots(
+        1,
+        2,
+        sharey=True,
+        gridspec_kw={
+            "left": label / width,
+            "right": 1 - 0.2 / width,
+            "bottom": label / height,
+            "top": 1 - 0.4 / height,
+            "width_ratios": (0.44 * n, 2.2),
+            "wspace": 0.4 / (0.22 * n + 1.1),
+        },
+    )
     cells.imshow(np.nan_to_num(matrix), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(np.nan_to_num(matrix) >= 0.005)):
-        colour = "white" if matrix[i, j] > 0.715 else "black"   # a contrast of at least 4.5 : 1
+        colour = "white" if matrix[i, j] > 0.715 else "black"  # a contrast of at least 4.5 : 1
         cells.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
     cells.set_xticks(range(n), names, rotation=90, parse_math=False)
     cells.set_yticks(range(n), names, parse_math=False)
     cells.set(xlabel="Predicted class", ylabel="True class")
-    figure.suptitle(title, y=1 - 0.2 / height, va="center", parse_math=False,
-                    fontsize=min(12, 115 * width / (len(title) + 1)))
+    figure.suptitle(
+        title,
+        y=1 - 0.2 / height,
+        va="center",
+        parse_math=False,
+        fontsize=min(12, 115 * width / (len(title) + 1)),
+    )
     bars.bar_label(bars.barh(range(n), images, color="tab:gray"), fontsize=8, padding=2)
     bars.set(xscale="log", xlabel="Images", xlim=(0.8, 9 * max(images)))
     png = io.BytesIO()
@@ -359,7 +415,7 @@ def corrected_t_test(differences, ratio):
     """
     k, mean = np.shape(differences)[-1], np.mean(differences, -1)
     variance = np.var(differences, -1, ddof=1) if k > 1 else np.zeros_like(mean)
-    error = np.sqrt(np.where(variance > 1e-20, variance, np.nan) * (1 / k + ratio))     # less is rounding
+    error = np.sqrt(np.where(variance > 1e-20, variance, np.nan) * (1 / k + ratio))  # less is rounding
     half = special.stdtrit(k - 1, 1 - LEVEL / 2) * error
     return mean, mean - half, mean + half, 2 * special.stdtr(k - 1, -abs(mean) / error), error
 
@@ -419,28 +475,40 @@ def marks(table4, comparisons):
 
 def statements(study, comparisons):
     """The sentences that belong below Table 4, list of str."""
-    lines = ["± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
-             f"the std of macro F1; f1_common is over the classes of at least {COMMON} images."]
+    lines = [
+        "± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
+        f"the std of macro F1; f1_common is over the classes of at least {COMMON} images."
+    ]
     tested = comparisons.dropna(subset="p")
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
         needed = best.smallest_difference
-        lines += ["* best F1 of the rows with the most folds; = not significantly different from the best; > "
-                  "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
-                  f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL}).",
-                  "Significant whatever the other rows are would be a difference from the best of "
-                  f"{needed.min():.3f} to {needed.max():.3f}, by the row's spread (median "
-                  f"{needed.median():.3f}); smaller ones may be."]
+        lines += [
+            "* best F1 of the rows with the most folds; = not significantly different from the best; > "
+            "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
+            f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL}).",
+            "Significant whatever the other rows are would be a difference from the best of "
+            f"{needed.min():.3f} to {needed.max():.3f}, by the row's spread (median "
+            f"{needed.median():.3f}); smaller ones may be.",
+        ]
     if len(imagenet):
-        different = [f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
-                     for row in imagenet[imagenet.p_holm < LEVEL].itertuples()]
-        lines.append(f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
-                     f"{', '.join(different) or 'none'}.")
+        different = [
+            f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
+            for row in imagenet[imagenet.p_holm < LEVEL].itertuples()
+        ]
+        lines.append(
+            f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
+            f"{', '.join(different) or 'none'}."
+        )
     if len(comparisons):
-        lines.append("The p-values hold for each row's one pre-training and one learning rate, and don't "
-                     "correct for choosing the best by the same scores.")
-    lines.append("Unless the split keeps patients apart, scores and intervals are of further cells of these "
-                 "patients, and too high for those of new ones.")
+        lines.append(
+            "The p-values hold for each row's one pre-training and one learning rate, and don't "
+            "correct for choosing the best by the same scores."
+        )
+    lines.append(
+        "Unless the split keeps patients apart, scores and intervals are of further cells of these "
+        "patients, and too high for those of new ones."
+    )
     return lines + study.notes
 
 
@@ -508,7 +576,7 @@ def compare_text(table4, theirs):
     ours, rows = {(row["model"], row["init"]): row for row in table4}, []
     for run in run_order({*ours, *theirs}):
         a, b = ours.get(run, {}), theirs.get(run, {})
-        quoted = run[0] == "resnext50_32x4d" and b and "folds" not in b     # folds: of our own table4.csv
+        quoted = run[0] == "resnext50_32x4d" and b and "folds" not in b  # folds: of our own table4.csv
         rows.append(paper_names(*run))
         for key in COLUMNS[::2]:
             mean, other = a.get(key, np.nan), b.get(key, np.nan)
@@ -544,8 +612,8 @@ def write_tables(study, results):
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):                          # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is no error
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")
     parser.add_argument("--compare", metavar="TABLE4.CSV", help="print these numbers beside ours")

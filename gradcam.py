@@ -6,6 +6,7 @@
 A cell is shown by the network of the fold that tested it. A heatmap is scaled to its own maximum: it says
 where evidence for a class is seen, not how much. Writes runs/results/gradcam_<model>_<init>_<CLASS>.png.
 """
+
 import argparse
 import pathlib
 import re
@@ -27,8 +28,10 @@ FIGURES = ("FGC", "BAS")  # the classes of Figs. 5 and 6
 LEAST_GRID = 7  # places along a side that a heatmap has if possible, as the paper's networks: 7 or 14
 PICTURE = 320  # pixels: the longer side of an image as it is shown
 BATCH_SIZE = 32
-NOTE = ("From blue to red: how much each of {0} x {0} places speaks for the class above the map (Grad-CAM);"
-        " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.{1}")
+NOTE = (
+    "From blue to red: how much each of {0} x {0} places speaks for the class above the map (Grad-CAM);"
+    " each map is scaled to its own maximum.\nPercentages: the network's probability of that class.{1}"
+)
 COARSE = " So few places cannot show a cell's structures."
 
 
@@ -42,6 +45,7 @@ def layer_for(net, images):
     def keep(module, inputs, output):
         if torch.is_tensor(output) and output.ndim == 4 and output.shape[2] == output.shape[3]:
             sides[module] = output.shape[2]
+
     with torch.nn.modules.module.register_module_forward_hook(keep), torch.no_grad():
         net.eval()(images[:1])
     stages = {layer, *net.children()}.union(*(stage.children() for stage in net.children()))
@@ -121,7 +125,7 @@ def read_run(folder):
 def choose(cells, count):
     """At most count of the cells: the half of highest confidence and the half of lowest, highest first."""
     cells = sorted(cells, key=lambda cell: -cell["p"].max())
-    return cells if len(cells) <= count else cells[:(count + 1) // 2] + cells[len(cells) - count // 2:]
+    return cells if len(cells) <= count else cells[: (count + 1) // 2] + cells[len(cells) - count // 2 :]
 
 
 def add_heat(cells, classes, data, device):
@@ -132,7 +136,7 @@ def add_heat(cells, classes, data, device):
         of_fold = [cell for cell in cells if cell["fold"] == fold]
         jobs = [(cell, cell["prediction"]) for cell in of_fold]
         jobs += [(cell, cell["label"]) for cell in of_fold if cell["label"] != cell["prediction"]]
-        for some in (jobs[i:i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)):
+        for some in (jobs[i : i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)):
             try:
                 read = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in some]
             except (KeyError, ValueError) as error:

@@ -5,6 +5,7 @@
 
 Any classification model of torchvision gets a new last layer. Files are read as mere data: weights_only=True.
 """
+
 import argparse
 import difflib
 import pathlib
@@ -17,8 +18,12 @@ import torch
 import torchvision
 
 ARCHITECTURES = {  # the weights whose accuracies Table 3 prints; ResNeXt-50, of Matek et al., is not in it
-    "vgg19_bn": "IMAGENET1K_V1", "resnet152": "IMAGENET1K_V2", "regnet_y_32gf": "IMAGENET1K_V2",
-    "vit_l_32": "IMAGENET1K_V1", "resnext50_32x4d": "DEFAULT"}
+    "vgg19_bn": "IMAGENET1K_V1",
+    "resnet152": "IMAGENET1K_V2",
+    "regnet_y_32gf": "IMAGENET1K_V2",
+    "vit_l_32": "IMAGENET1K_V1",
+    "resnext50_32x4d": "DEFAULT",
+}
 INITS = ("random", "imagenet", "pcam", "cd", "imagenet+pcam", "imagenet+cd")
 KEYS = "state_dict model classes mean std image_size init fold epoch val_accuracy train_counts".split()
 OURS = "name a best.pt that train.py or pretrain.py left"

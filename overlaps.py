@@ -12,6 +12,7 @@ that share a word of 48 of these bits vote for a displacement of their images; t
 shared rectangle decide. Flipped, rotated or scaled copies are not looked for; rectangles narrower than 17
 pixels are found only where a third image shows how two others lie.
 """
+
 import argparse
 import collections
 import csv
@@ -81,11 +82,13 @@ def find_corners(image):
 
 def collect_corners(cells):
     """find_corners of all images together, and whose each is: (bits, places, tones, image int32 [K])."""
+
     def work(index):
         try:
             return find_corners(cells[index])
         except ValueError:  # not readable: no corners
             return find_corners(np.zeros((1, 1, 3), np.uint8))
+
     counts, fields = [], (bytearray(), bytearray(), bytearray())  # which grow in place: half the memory
     for corners in datasets.in_threads(work, range(len(cells)), "corners", "image"):
         counts.append(len(corners[0]))
@@ -113,7 +116,7 @@ def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
     """
     rows, ballots = np.arange(rows.start, rows.stop), [np.zeros(0, np.int64)]
     for distance in range(1, FREQUENT + 1):
-        rows = rows[:np.searchsorted(rows, len(keys) - distance)]
+        rows = rows[: np.searchsorted(rows, len(keys) - distance)]
         rows = rows[keys[rows + distance] - keys[rows] <= TONE]
         if not len(rows):
             break
@@ -137,7 +140,7 @@ def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
 
 def elect(ballots, images, far):
     """Candidates int64 [M,4] (first, second, dx, dy) of sorted ballots: what most say of each pair."""
-    pair = ballots // (2 * far)**2
+    pair = ballots // (2 * far) ** 2
     other = np.r_[True, pair[1:] != pair[:-1], True]
     ballots = ballots[~(other[1:] & other[:-1])]  # a pair's only vote, not a strict one, does not count
     ballots, votes = np.unique(ballots, return_counts=True)
@@ -145,10 +148,10 @@ def elect(ballots, images, far):
     ballots, row = np.unique(ballots + beside, return_inverse=True)
     weights = np.bincount(row.ravel(), (votes * np.where(beside, 2, 3)).ravel())
     ballots, weights = ballots[weights > 4], weights[weights > 4]  # one strict vote, or two
-    pair = ballots // (2 * far)**2
+    pair = ballots // (2 * far) ** 2
     order = np.lexsort((-weights, pair))
     ballots = ballots[order[np.unique(pair[order], return_index=True)[1]]]
-    pair, dx, dy = ballots // (2 * far)**2, ballots // (2 * far) % (2 * far), ballots % (2 * far)
+    pair, dx, dy = ballots // (2 * far) ** 2, ballots // (2 * far) % (2 * far), ballots % (2 * far)
     return np.column_stack([pair // images, pair % images, dx - far, dy - far])
 
 
@@ -158,7 +161,7 @@ def find_candidates(cells):
     if not len(image):
         return []
     far, images = int(places.max()) + 2, int(image[-1]) + 1
-    if (2 * far * images)**2 >= 1 << 63:
+    if (2 * far * images) ** 2 >= 1 << 63:
         raise SystemExit(f"{cells.root}: {len(cells)} images of {far} pixels are too many to compare at once")
     ballots, new, frequent = [np.zeros(0, np.int64)], 0, 0
     blocks = [range(start, min(start + BLOCK, len(image))) for start in range(0, len(image), BLOCK)]
@@ -179,8 +182,8 @@ def find_candidates(cells):
         share = frequent / (TABLES * len(image))
         print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
     del bits, places, tones, image  # memory for the election, which looks at a slice of the pairs at a time
-    ballots, shifts = sort_ballots(ballots), (2 * far)**2
-    ends = np.searchsorted(ballots, (ballots[4 * BLOCK::4 * BLOCK] // shifts + 1) * shifts)
+    ballots, shifts = sort_ballots(ballots), (2 * far) ** 2
+    ends = np.searchsorted(ballots, (ballots[4 * BLOCK :: 4 * BLOCK] // shifts + 1) * shifts)
     parts = [part for part in np.split(ballots, ends) if len(part)]
     return np.concatenate([np.zeros((0, 4), np.int64), *(elect(part, images, far) for part in parts)])
 
@@ -198,7 +201,7 @@ def shared(one, two, dx, dy):
     top, left = max(0, dy), max(0, dx)
     bottom = max(top, min(one.shape[0], two.shape[0] + dy))
     right = max(left, min(one.shape[1], two.shape[1] + dx))
-    return one[top:bottom, left:right], two[top - dy:bottom - dy, left - dx:right - dx]
+    return one[top:bottom, left:right], two[top - dy : bottom - dy, left - dx : right - dx]
 
 
 def compare(read, candidate):
@@ -265,15 +268,17 @@ def describe(cells, rows, groups):
     label = dict(zip(cells.paths, cells.targets))
     overlapping = np.isin(cells.paths, [path for row in rows for path in row[:2]])
     across = sum(label[row[0]] != label[row[1]] for row in rows)
-    lines = [f"{overlapping.sum():,} of {len(cells):,} images share pixels with another one",
-             f"{len(rows):,} pairs, {across:,} of them across classes"]
+    lines = [
+        f"{overlapping.sum():,} of {len(cells):,} images share pixels with another one",
+        f"{len(rows):,} pairs, {across:,} of them across classes",
+    ]
     for target, name in enumerate(cells.classes):
         of_class = overlapping[cells.targets == target]
         lines.append(f"  {name:12} {of_class.sum():7,} of {len(of_class):7,}  {of_class.mean():6.1%}")
     sizes = np.bincount(groups)
     largest = "; the largest:" if sizes.max() > 1 else ""
     lines.append(f"{(sizes > 1).sum():,} groups of more than one image{largest}")
-    for group in np.argsort(-sizes, kind="stable")[:min(5, (sizes > 1).sum())]:
+    for group in np.argsort(-sizes, kind="stable")[: min(5, (sizes > 1).sum())]:
         lines.append(f"  {sizes[group]} images, e.g. {', '.join(cells.paths[groups == group][:3])}")
     return "\n".join(lines)
 

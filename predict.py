@@ -8,6 +8,7 @@ predictions.csv, heatmaps/, left_out.csv (images not read or not scored), differ
 folder with Wilson's 95% intervals of sampling) and, where folders are named as the classes or by --map, the
 tables of evaluate.py, without images of the folds' training and validation parts (not of pre-training).
 """
+
 import argparse
 import collections
 import concurrent.futures
@@ -163,7 +164,7 @@ def predict_images(nets, infos, cells, ratio, device, maps):
     starts = range(0, len(cells), gradcam.BATCH_SIZE)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for start in tqdm(starts, "predicting", unit="batch", disable=None):
-            paths = cells.paths[start:start + gradcam.BATCH_SIZE]
+            paths = cells.paths[start : start + gradcam.BATCH_SIZE]
             read = list(pool.map(read_cell, range(start, start + len(paths))))
             batches = [gradcam.batch_for(info, read, device) for info in infos]
             with torch.inference_mode():
@@ -237,8 +238,11 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
         evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
     else:
         named = any(labels)
-        print("no scores: a checkpoint was trained on all images of known class" if named else
-              f"no scores: no folder is named as a class ({', '.join(classes)}; see --map)")
+        print(
+            "no scores: a checkpoint was trained on all images of known class"
+            if named
+            else f"no scores: no folder is named as a class ({', '.join(classes)}; see --map)"
+        )
     counts = collections.Counter(predicted).most_common()
     print(f"predicted: {', '.join(f'{number} {label}' for label, number in counts)}")
     print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} lines in left_out.csv")

@@ -9,6 +9,7 @@
 train.py; predictions.csv is of the validation images. A data set with official parts (PatchCamelyon) trains
 and validates on those; any other is split 80/20, stratified, all boxes of one image in one part.
 """
+
 import argparse
 import re
 
@@ -43,8 +44,18 @@ def main():
     options = train.run_options(args, parser)
     cells, info = train.open_checked(args.data or f"data/{name}", args.runs)
     folder = args.runs / "pretrain" / args.model / args.init
-    return train.run(folder, folder, cells, info, pretraining_parts(cells), init=args.init, fold=0, **options,
-                     weights=args.weights if start else None, crop=False)
+    return train.run(
+        folder,
+        folder,
+        cells,
+        info,
+        pretraining_parts(cells),
+        init=args.init,
+        fold=0,
+        **options,
+        weights=args.weights if start else None,
+        crop=False,
+    )
 
 
 if __name__ == "__main__":

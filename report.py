@@ -7,6 +7,7 @@
 The page, report.html filled in, is one file that needs no network; it says what it lacks. Beside it:
 label_issues.csv (doubtful labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv.
 """
+
 import argparse
 import base64
 import io
@@ -29,15 +30,28 @@ import evaluate
 
 HERE = pathlib.Path(__file__).parent
 BINS = 15  # of equal width, in the reliability diagram (Guo et al. 2017)
-MEANING = {"*": "the best", "": "significantly worse", ">": "significantly better",
-           "=": "not significantly different", "?": "not testable yet"}  # of evaluate.marks
+MEANING = {
+    "*": "the best",
+    "": "significantly worse",
+    ">": "significantly better",
+    "=": "not significantly different",
+    "?": "not testable yet",
+}  # of evaluate.marks
 ENOUGH = 50  # images that a class needs for its labels, or suggestions of it, to be flagged
 HANDED_OVER = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the images that go to a human
 CLINIC = ("BLA", "FGC", "HAC", "PEB")  # blasts, faggot cells, hairy cells, proerythroblasts: not to be missed
 SPECIFICITIES = (0.99, 0.999)
 PLAIN = ("as trained", "prior-corrected")  # each also with a temperature: "as trained, temperature"
-SCORES = ("macro precision", "macro recall (balanced accuracy)", "macro F1", "macro F1 of the common classes",
-          "weighted precision", "accuracy (weighted recall)", "weighted F1", "top-2 accuracy")
+SCORES = (
+    "macro precision",
+    "macro recall (balanced accuracy)",
+    "macro F1",
+    "macro F1 of the common classes",
+    "weighted precision",
+    "accuracy (weighted recall)",
+    "weighted F1",
+    "top-2 accuracy",
+)
 TINY = np.finfo(np.float32).tiny  # probabilities come from float32: a zero was something below this
 GALLERY, UNFOLDED = 200, 24  # doubtful labels on the page; how many of them before the rest folds away
 SAME_CELL = 40 / 250  # of an image's side: displaced by less, two crops of a slide show the same cell
@@ -57,9 +71,11 @@ def posterior(probabilities, frequencies=None, temperature=1.0):
 
 def fit_temperature(probabilities, labels, frequencies=None):
     """The temperature in 0.05..20 of least negative log-likelihood (Guo et al. 2017), for posterior."""
+
     def loss(inverse):  # convex in 1/T
         own = posterior(probabilities, frequencies, 1 / inverse)[np.arange(len(labels)), labels]
         return -np.log(np.maximum(own, np.finfo(float).tiny)).mean()
+
     return 1 / optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-5}).x
 
 
@@ -68,8 +84,9 @@ def reliability(confidence, right, bins=BINS):
     edges = np.arange(bins + 1) / bins
     table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
     groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
-    table = groups.agg(images=("right", "size"), confidence=("confidence", "mean"),
-                       share_right=("right", "mean")).reset_index(drop=True)
+    table = groups.agg(
+        images=("right", "size"), confidence=("confidence", "mean"), share_right=("right", "mean")
+    ).reset_index(drop=True)
     gap = (table.images * abs(table.confidence - table.share_right)).sum() / table.images.sum()
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **table, "ece": gap})
 
@@ -155,9 +172,19 @@ def label_issues(study, tested, contradicted={}):
         suggested, _, flagged = doubtful(labels, p, enough)
         flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
         rows = np.arange(len(p))
-        table = pd.DataFrame({
-            "label": classes[labels], "suggested": classes[suggested], "score": np.nan, "flagged": flagged,
-            "fold": fold, "p_label": p[rows, labels], "p_suggested": np.nan, "kind": "prediction"}, paths)
+        table = pd.DataFrame(
+            {
+                "label": classes[labels],
+                "suggested": classes[suggested],
+                "score": np.nan,
+                "flagged": flagged,
+                "fold": fold,
+                "p_label": p[rows, labels],
+                "p_suggested": np.nan,
+                "kind": "prediction",
+            },
+            paths,
+        )
         table.update(known)
         table["p_suggested"] = p[rows, classes.get_indexer(table.suggested)]
         tables.append(table.rename_axis("path").reset_index())
@@ -180,8 +207,10 @@ def read_folds(study, run, tested):
     """([Fold] of one row of Table 4, why validation is missing or None)."""
     folds, missing = [], None
     try:
-        validated = {k: evaluate.read_predictions(fold.file.with_name("val_predictions.csv"))
-                     for k, fold in study.runs[run].items()}
+        validated = {
+            k: evaluate.read_predictions(fold.file.with_name("val_predictions.csv"))
+            for k, fold in study.runs[run].items()
+        }
     except ValueError as error:
         missing, validated = str(error), {}
     for k, test in tested.items():
@@ -233,9 +262,16 @@ def coverage_rows(folds, classes):
             parts.append((fold.labels, p.argmax(1), kept))
         labels, predictions, kept = map(np.concatenate, zip(*parts))
         recall = evaluate.per_class_scores(labels[kept], predictions[kept], classes)[1]
-        rows.append({"variant": variant, "planned": share, "handed_over": 1 - kept.mean(),
-                     "accuracy": evaluate.moments((labels == predictions)[kept])[0],
-                     "macro_recall": evaluate.moments(recall)[0], "classes_left": (~np.isnan(recall)).sum()})
+        rows.append(
+            {
+                "variant": variant,
+                "planned": share,
+                "handed_over": 1 - kept.mean(),
+                "accuracy": evaluate.moments((labels == predictions)[kept])[0],
+                "macro_recall": evaluate.moments(recall)[0],
+                "classes_left": (~np.isnan(recall)).sum(),
+            }
+        )
     return rows
 
 
@@ -352,19 +388,28 @@ def of_scores(study, run, table4, pairs):
     comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds.values())
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     low = max(0, np.ceil(f1.min() - 1))
-    return {"signs": evaluate.marks(table4, comparisons), "best": evaluate.best_run(table4), "paper4": paper4,
-            "axis": (low / 10, max(low + 1, np.ceil(f1.max())) / 10), "paper5": paper5,
-            "statements": evaluate.statements(study, comparisons), "table5": table5.to_dict("records"),
-            "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
-            "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run)))}
+    return {
+        "signs": evaluate.marks(table4, comparisons),
+        "best": evaluate.best_run(table4),
+        "paper4": paper4,
+        "axis": (low / 10, max(low + 1, np.ceil(f1.max())) / 10),
+        "paper5": paper5,
+        "statements": evaluate.statements(study, comparisons),
+        "table5": table5.to_dict("records"),
+        "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
+        "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run))),
+    }
 
 
 def of_probabilities(study, run, tested, results):
     """Scores, calibration, coverage and clinic of one row of Table 4; writes each as CSV."""
     folds, missing = read_folds(study, run, tested)
-    tables = {"scores": score_rows(folds, study.images), "reliability": calibration_rows(folds, study),
-              "coverage": [] if missing else coverage_rows(folds, len(study.classes)),
-              "clinic": clinic_rows(folds, study.classes)}
+    tables = {
+        "scores": score_rows(folds, study.images),
+        "reliability": calibration_rows(folds, study),
+        "coverage": [] if missing else coverage_rows(folds, len(study.classes)),
+        "clinic": clinic_rows(folds, study.classes),
+    }
     for kind, rows in tables.items():
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
@@ -381,8 +426,12 @@ def of_training(folder, folds, results):
     measured = read(folder / "measured.json") or {}
     rates = {f"{rate:.2g}: mean recall {score:.3f}": rate for rate, score in measured.get("candidates") or ()}
     rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
-    return {"curves": curves, "rates": rates, "tried": read(folder / "lr_range.csv"),
-            "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))}
+    return {
+        "curves": curves,
+        "rates": rates,
+        "tried": read(folder / "lr_range.csv"),
+        "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png")),
+    }
 
 
 def of_overlaps(study, runs, fingerprint):
@@ -420,11 +469,20 @@ def main():
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")
     parser.add_argument("--init", help="its pre-training")
-    parser.add_argument("--doubt", nargs="+", default=[], metavar="MODEL/INIT",
-                        help="rows of Table 4 whose mean finds doubtful labels; default: the one shown")
+    parser.add_argument(
+        "--doubt",
+        nargs="+",
+        default=[],
+        metavar="MODEL/INIT",
+        help="rows of Table 4 whose mean finds doubtful labels; default: the one shown",
+    )
     parser.add_argument("--data", type=pathlib.Path, default="data/bm", help="for pictures of labels")
-    parser.add_argument("--pairs", type=pathlib.Path, help="CSV label,accepted of predictions to forgive",
-                        default=next(HERE.glob("paper/tolerant_pairs.csv"), None))
+    parser.add_argument(
+        "--pairs",
+        type=pathlib.Path,
+        help="CSV label,accepted of predictions to forgive",
+        default=next(HERE.glob("paper/tolerant_pairs.csv"), None),
+    )
     args = parser.parse_args()
     if not args.runs.is_dir():
         raise SystemExit(f"{args.runs}: no such folder; name the one that train.py wrote with --runs")
@@ -436,15 +494,18 @@ def main():
     values = {"runs": args.runs, "data": args.data, "study": study, "shown": None, "config": {}}
     if study.runs:
         table4 = evaluate.table4_rows(study)
-        rows = [row for row in table4
-                if args.model in (None, row["model"]) and args.init in (None, row["init"])]
+        rows = [
+            row for row in table4 if args.model in (None, row["model"]) and args.init in (None, row["init"])
+        ]
         run = evaluate.best_run(rows) if rows else (args.model or "any network", args.init or "any init")
         doubt = [tuple(name.split("/", 1)) for name in args.doubt] or [run]
         for name in {run, *doubt} - set(study.runs):
             names = ", ".join(map("/".join, study.runs))
             raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
-        tested = {name: {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[name].items()}
-                  for name in {run, *doubt}}
+        tested = {
+            name: {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[name].items()}
+            for name in {run, *doubt}
+        }
         config = study.runs[run][min(tested[run])].config
         values |= {"shown": run, "doubt": doubt, "config": config, "pairs": args.pairs, "table4": table4}
         values |= of_scores(study, run, table4, args.pairs)
@@ -457,11 +518,16 @@ def main():
         first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
         values |= {"issues": issues, "flagged": flagged, "doubts": first.to_dict("records")}
         # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
-        values["roots"] = [pathlib.Path(config.get("root") or args.data), args.data, *args.data.glob("*/"),
-                           *args.data.glob("*/*/")]
+        values["roots"] = [
+            pathlib.Path(config.get("root") or args.data),
+            args.data,
+            *args.data.glob("*/"),
+            *args.data.glob("*/*/"),
+        ]
         said = f"{title(*run)}; {flagged} labels to look at again"
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                              undefined=jinja2.StrictUndefined)
+    page = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     page = page.from_string((HERE / "report.html").read_text(encoding="utf-8"), globals())
     # a name with bytes that are no text shows a question mark there
     evaluate.write_file(results / "index.html", page.render(values).encode("utf-8", "replace"))

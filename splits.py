@@ -6,6 +6,7 @@
 
 train.py makes the first one itself if there is none, and uses the one it finds, e.g. a published split.
 """
+
 import argparse
 import collections
 import csv
@@ -37,7 +38,7 @@ def make_splits(targets, folds=5, val=0.2, seed=0, groups=None):
         members = np.flatnonzero(targets == label)
         order = random_keys(seed, label, folds + 1, len(members)).argsort(axis=1, kind="stable")
         for fold in range(folds):
-            tested = order[0][(fold - first) % folds::folds]
+            tested = order[0][(fold - first) % folds :: folds]
             rest = order[1 + fold][~np.isin(order[1 + fold], tested)]
             count = max(0, min(max(1, round(val * len(rest))), len(rest) - 1))
             parts[members[tested], fold] = "test"
@@ -108,7 +109,7 @@ def read_table(file, columns):
         raise SystemExit(f"{file}: cannot be read ({error}); correct it or name another") from None
     times = collections.Counter(row[0] for row in rows)
     wrong = [row for row in rows if "" in row or len(row) != len(header) or times[row[0]] > 1]
-    if header[:len(columns)] != columns or not rows or wrong:
+    if header[: len(columns)] != columns or not rows or wrong:
         row = f"row {str(wrong[:1])[1:150]} is incomplete, too long or a second one"
         what = row if wrong else f"header {header}"
         raise SystemExit(f"{file}: no table of {','.join(columns)},... ({what}); correct it or make it anew")
@@ -207,6 +208,7 @@ def main():
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     from datasets import open_dataset  # the functions above do without
+
     cells = open_dataset(args.data)
     paths, labels = cells.paths.tolist(), [cells.classes[target] for target in cells.targets]
     try:

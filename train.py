@@ -8,6 +8,7 @@ Writes runs/train/<model>/<name>/fold<k>/ (<name>: --name, or the init). Kill it
 resumes after the last complete epoch, on a CPU bit for bit. Exit status: 0 done, 1 bad data or failed
 training, 2 bad arguments, 75 another process is working on the run, 128 + n stopped by signal n.
 """
+
 import argparse
 import concurrent.futures
 import contextlib
@@ -56,9 +57,15 @@ BUSY = 75  # exit status EX_TEMPFAIL
 WEIGHTS, DROPOUT, TRIAL = 3, 4, 5  # begin the keys of random streams; datasets.py has 1 and 2
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "can't allocate memory",
-                 "unable to find an engine", "Unable to find a valid cuDNN algorithm",
-                 "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "can't allocate memory",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
 DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 
 
@@ -73,9 +80,11 @@ def choose_device(device="auto"):
             try:
                 torch.cuda.init()
             except (AssertionError, RuntimeError) as error:
-                raise ValueError("nvidia-smi lists a GPU, but CUDA cannot start "
-                                 f"({str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
-                                 "driver, or use --device cpu") from None
+                raise ValueError(
+                    "nvidia-smi lists a GPU, but CUDA cannot start "
+                    f"({str(error).splitlines()[0]}); install a PyTorch wheel that fits the "
+                    "driver, or use --device cpu"
+                ) from None
         if device == "cpu":
             print("no CUDA device: training on the CPU", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -112,8 +121,10 @@ def choose_workers(workers, device, batch_size, image_size):
     need = 2 * workers * share * max(batch_size, EVAL_BATCH_SIZE) * 3 * image_size**2 / 2**20
     free = shutil.disk_usage("/dev/shm").free / 2**20 if os.path.isdir("/dev/shm") else need
     if free < need:
-        raise SystemExit(f"/dev/shm has {free:.0f} MB free, {workers} data workers need {need:.0f} MB: start "
-                         "the container with a larger --shm-size, or use fewer --workers (0 needs none)")
+        raise SystemExit(
+            f"/dev/shm has {free:.0f} MB free, {workers} data workers need {need:.0f} MB: start "
+            "the container with a larger --shm-size, or use fewer --workers (0 needs none)"
+        )
     return workers
 
 
@@ -216,8 +227,19 @@ def timed(batches, steps, batch_size):
 
 
 @torch.inference_mode()
-def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", amp="off",
-            memory_format="channels_last", alone=False):
+def predict(
+    net,
+    data,
+    *,
+    image_size=224,
+    mean,
+    std,
+    workers=0,
+    device="cpu",
+    amp="off",
+    memory_format="channels_last",
+    alone=False,
+):
     """Logits, float32 [N, C] on the CPU, of N images (Cells), resized and normalised; net in eval mode.
 
     The ranks of torchrun share the images, unless alone (one rank calls it).
@@ -233,7 +255,7 @@ def predict(net, data, *, image_size=224, mean, std, workers=0, device="cpu", am
         images = images.to(device, non_blocking=True).contiguous(memory_format=LAYOUTS[memory_format])
         with torch.autocast(device.type, AMP_DTYPES[amp], amp != "off"):
             out = net(datasets.normalise(images, mean, std))
-        logits[row.start:row.stop] = out.float()
+        logits[row.start : row.stop] = out.float()
     return logits.cpu() if alone else sum_of_ranks(logits).cpu()
 
 
@@ -245,16 +267,39 @@ def wrap(net, device, compile):
         compile = False
     if number > 1:
         net = torch.nn.parallel.DistributedDataParallel(
-            net, broadcast_buffers=False, gradient_as_bucket_view=True)
+            net, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     if not compile:
         return net
     torch.compiler.reset()  # the fold before has another network; CUDA graphs do not go with several ranks
     return torch.compile(net, mode="reduce-overhead" if cuda and number == 1 else None)
 
 
-def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0, image_size=224, mean, std,
-        crop=True, workers=0, device="cpu", amp="off", memory_format="channels_last", compile=False,
-        stop_lr=0.0, optimizer="sgd", schedule="plateau", info=None):
+def fit(
+    folder,
+    net,
+    train,
+    val,
+    *,
+    lr,
+    epochs=75,
+    batch_size=32,
+    seed=0,
+    fold=0,
+    image_size=224,
+    mean,
+    std,
+    crop=True,
+    workers=0,
+    device="cpu",
+    amp="off",
+    memory_format="channels_last",
+    compile=False,
+    stop_lr=0.0,
+    optimizer="sgd",
+    schedule="plateau",
+    info=None,
+):
     """Train net on train and choose the epoch on val (both Cells); returns the rows of log.csv as dicts.
 
     Resumes from folder/last.pt. Leaves net as in the last epoch, log.csv, and best.pt: the first epoch of
@@ -263,11 +308,27 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     cuda, images, (rank, number) = device.type == "cuda", digest_of(train.paths, val.paths), ranks()
-    settings = {"lr": lr, "batch_size": batch_size, "seed": seed, "fold": fold, "image_size": image_size,
-                "crop": crop, "optimizer": optimizer, "schedule": schedule, "images": images}
+    settings = {
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+        "fold": fold,
+        "image_size": image_size,
+        "crop": crop,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "images": images,
+    }
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-    prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers, "device": device,
-                  "amp": amp, "memory_format": memory_format}
+    prediction = {
+        "mean": mean,
+        "std": std,
+        "image_size": image_size,
+        "workers": workers,
+        "device": device,
+        "amp": amp,
+        "memory_format": memory_format,
+    }
     net.to(device, memory_format=layout)
     if cuda and number > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -300,28 +361,50 @@ def fit(folder, net, train, val, *, lr, epochs=75, batch_size=32, seed=0, fold=0
             if writing:
                 writing.result()
             if not math.isfinite(train_loss + val_loss):
-                raise SystemExit(f"{folder}: the loss is not finite in epoch {epoch}, at rate {rate:.3g}; "
-                                 "remove the folder and start again with a lower --lr or --amp off")
+                raise SystemExit(
+                    f"{folder}: the loss is not finite in epoch {epoch}, at rate {rate:.3g}; "
+                    "remove the folder and start again with a lower --lr or --amp off"
+                )
             if schedule == "plateau":
                 scheduler.step(val_loss)
             else:
                 scheduler.step()
             seconds = time.perf_counter() - start
-            history.append({"epoch": epoch, "lr": rate, "train_loss": train_loss, "val_loss": val_loss,
-                            "val_accuracy": accuracy, "images_per_second": speed, "seconds": seconds})
+            history.append(
+                {
+                    "epoch": epoch,
+                    "lr": rate,
+                    "train_loss": train_loss,
+                    "val_loss": val_loss,
+                    "val_accuracy": accuracy,
+                    "images_per_second": speed,
+                    "seconds": seconds,
+                }
+            )
             if rank == 0:
                 state = {name: to_cpu(part.state_dict()) for name, part in parts.items()}
                 if best is None or accuracy > best["val_accuracy"]:
                     counts = np.bincount(train.targets, minlength=len(train.classes)).tolist()
-                    best = {**(info or {}), "classes": train.classes, "train_counts": counts, "fold": fold,
-                            "mean": mean.tolist(), "std": std.tolist(), "image_size": image_size,
-                            "epoch": epoch, "val_accuracy": accuracy, "state_dict": state["net"]}
+                    best = {
+                        **(info or {}),
+                        "classes": train.classes,
+                        "train_counts": counts,
+                        "fold": fold,
+                        "mean": mean.tolist(),
+                        "std": std.tolist(),
+                        "image_size": image_size,
+                        "epoch": epoch,
+                        "val_accuracy": accuracy,
+                        "state_dict": state["net"],
+                    }
                 last = {"settings": settings, "history": history[:], "best": best}
                 writing = writer.submit(save_epoch, folder, state | last)
             left = datetime.timedelta(seconds=round((epochs - epoch) * seconds))
-            print(f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
-                  f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left",
-                  flush=True)
+            print(
+                f"epoch {epoch}/{epochs}: lr {rate:.2g}, train loss {train_loss:.4f}, val loss "
+                f"{val_loss:.4f}, val accuracy {accuracy:.4f}, {speed:.0f} images/s, {left} left",
+                flush=True,
+            )
         if writing:
             writing.result()
     if rank == 0:
@@ -397,8 +480,22 @@ def resume(folder, parts, settings, epochs):
 
 
 # ---------------------------------------------------------------- learning rate range test
-def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, workers, device, amp,
-               memory_format, optimizer="sgd"):
+def range_test(
+    net,
+    train,
+    *,
+    batch_size,
+    seed,
+    image_size,
+    mean,
+    std,
+    crop,
+    workers,
+    device,
+    amp,
+    memory_format,
+    optimizer="sgd",
+):
     """Train net on train (Cells) for 100 steps at exponentially rising rates, or until the loss explodes.
 
     Returns the rate and the loss of each step, lists of up to 100 numbers.
@@ -409,20 +506,30 @@ def range_test(net, train, *, batch_size, seed, image_size, mean, std, crop, wor
 
     def prepare(module, inputs):
         return datasets.normalise(inputs[0].contiguous(memory_format=layout), mean, std)
+
     net.register_forward_pre_hook(prepare, prepend=True)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
     order.epoch, order.batches = 0, RANGE_STEPS  # 100 batches however small the data set is
     batches = datasets.Batches(train, image_size, seed, 0, crop)
     optimizer = make_optimizer(optimizer, net, RANGE_LOW)
     finder = torch_lr_finder.LRFinder(
-        net, optimizer, torch.nn.CrossEntropyLoss(), device, amp_backend="torch",
+        net,
+        optimizer,
+        torch.nn.CrossEntropyLoss(),
+        device,
+        amp_backend="torch",
         amp_config={"device_type": device.type, "dtype": AMP_DTYPES[amp], "enabled": amp != "off"},
-        grad_scaler=torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+        grad_scaler=torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
+    )
     finder.state_cacher.cached.clear()  # its copy of the weights, on the device
     seed_all(DROPOUT, seed, 0, 0, 0)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        finder.range_test(datasets.loader(batches, order, workers, device.type == "cuda"), end_lr=RANGE_HIGH,
-                          num_iter=RANGE_STEPS, smooth_f=RANGE_SMOOTHING)
+        finder.range_test(
+            datasets.loader(batches, order, workers, device.type == "cuda"),
+            end_lr=RANGE_HIGH,
+            num_iter=RANGE_STEPS,
+            smooth_f=RANGE_SMOOTHING,
+        )
     smoothed = np.array([float(loss) for loss in finder.history["loss"]])  # as the library stops by it
     losses = (smoothed[1:] - (1 - RANGE_SMOOTHING) * smoothed[:-1]) / RANGE_SMOOTHING
     return finder.history["lr"], [*smoothed[:1].tolist(), *losses.tolist()]
@@ -460,12 +567,14 @@ def middle_rate(candidates, images):
     likely it is to be as good as the best: exp(-z²/2), z being its difference from the best mean recall in
     standard errors. The images' part of their variance is doubled, since training has as much luck.
     """
+
     def variance(recall):  # of a mean recall, by the choice of images
         return recall * (1 - recall) * (1 / images).sum() / len(images) ** 2
+
     rates, recalls = np.array(candidates).T
     best, chance = recalls.max(), 1 / len(images)
     spread = 4 * variance(best) + 1e-12  # of a difference; a perfect recall has none
-    weights = np.exp(-(best - recalls) ** 2 / 2 / spread)
+    weights = np.exp(-((best - recalls) ** 2) / 2 / spread)
     rate = np.exp(np.average(np.log(rates), weights=weights))
     return float(f"{rate:.2g}"), best > chance + math.sqrt(variance(chance))
 
@@ -478,8 +587,10 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
     short for that takes the middle one of the five.
     """
     if not len(train) or not len(val):
-        raise SystemExit(f"{folder}: fold 0 has no images to train on or to validate with, by which the rate "
-                         "of all folds is found; set it with --lr, or use another split.csv")
+        raise SystemExit(
+            f"{folder}: fold 0 has no images to train on or to validate with, by which the rate "
+            "of all folds is found; set it with --lr, or use another split.csv"
+        )
     file, steps = folder / "measured.json", epochs * math.ceil(len(train) / options["batch_size"])
     steps = min((steps // 2 - RANGE_STEPS) // len(TRIAL_SHARES), TRIAL_MAX_STEPS)
     middle = OPTIMIZERS[options["optimizer"]]
@@ -494,8 +605,10 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
         found = datasets.read_json(file) if file.exists() else {}
         for key, value in same.items():
             if found.setdefault(key, value) != value:
-                raise SystemExit(f"{file}: measured with {key} {found[key]}, not {value}; remove it, or give "
-                                 "this row a --name of its own")
+                raise SystemExit(
+                    f"{file}: measured with {key} {found[key]}, not {value}; remove it, or give "
+                    "this row a --name of its own"
+                )
         if "lr" in found:
             return found["lr"]
         found["candidates"] = []
@@ -536,8 +649,10 @@ def lock(folder):
         except BlockingIOError:
             ours = False
         except OSError as error:
-            raise SystemExit(f"{handle.name}: cannot be locked ({error.strerror}); name a --runs folder on a "
-                             "file system that has locks") from None
+            raise SystemExit(
+                f"{handle.name}: cannot be locked ({error.strerror}); name a --runs folder on a "
+                "file system that has locks"
+            ) from None
         yield from_rank_0(lambda: ours)
 
 
@@ -550,8 +665,10 @@ def initial_weights(runs, model, init, weights):
     if "=" in init and not os.path.isfile(file):
         raise SystemExit(f"--init {init}: {file!r} is no file; {models.OURS}")
     if "=" not in init and not (folder / "predictions.csv").exists():
-        raise SystemExit(f"{folder}: no finished pre-training; run first: python pretrain.py --model {model} "
-                         f"--init {init} --runs {runs}")
+        raise SystemExit(
+            f"{folder}: no finished pre-training; run first: python pretrain.py --model {model} "
+            f"--init {init} --runs {runs}"
+        )
     return os.path.abspath(file)
 
 
@@ -564,12 +681,16 @@ def check_settings(folder, settings):
     if {"data", "split", "weights"} & {*changed}:
         what = {"data": "images", "weights": "initial weights"}
         what = ", ".join(what.get(key, key) for key in changed)
-        raise SystemExit(f"{folder}: begun with other {what}; put back what it was, remove the folder, or "
-                         "name another with --runs")
+        raise SystemExit(
+            f"{folder}: begun with other {what}; put back what it was, remove the folder, or "
+            "name another with --runs"
+        )
     if changed:
         changed = "; ".join(f"{key} was {before.get(key)}, is now {settings[key]}" for key in changed)
-        raise SystemExit(f"{folder}: begun with other settings ({changed}); use those, remove the folder, or "
-                         "name another with --runs (and copy split.csv there)")
+        raise SystemExit(
+            f"{folder}: begun with other settings ({changed}); use those, remove the folder, or "
+            "name another with --runs (and copy split.csv there)"
+        )
 
 
 def digest(file):
@@ -586,12 +707,18 @@ def versions():
     with contextlib.suppress(OSError):  # no git on this machine
         git = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "torchvision": models.torchvision.__version__, "commit": commit}
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "torchvision": models.torchvision.__version__,
+        "commit": commit,
+    }
 
 
-def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, memory_format, crop=True,
-        **options):
+def run(
+    folder, shared, cells, info, parts, *, model, init, weights, fold, lr, memory_format, crop=True, **options
+):
     """One fine-tuning or pre-training from its initial weights to predictions.csv; returns the exit status.
 
     cells: all readable images; parts: str [N, folds], train, val or test. Without test images those of val
@@ -599,8 +726,10 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
     """
     train, val, test = (cells.subset(parts[:, fold] == part) for part in ("train", "val", "test"))
     if not len(train) or not len(val):
-        raise SystemExit(f"{cells.root}: {len(train)} images to train on and {len(val)} to validate with in "
-                         f"fold {fold}, which needs both: more images, or another split.csv")
+        raise SystemExit(
+            f"{cells.root}: {len(train)} images to train on and {len(val)} to validate with in "
+            f"fold {fold}, which needs both: more images, or another split.csv"
+        )
     split = digest_of(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
     settings |= {key: value for key, value in options.items() if key not in ("device", "workers", "compile")}
@@ -638,15 +767,37 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, m
         settings |= {"lr": lr, "amp": amp, "memory_format": memory_format}
         check_settings(folder, settings)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        record = {"name": shared.name, "root": os.path.abspath(cells.root), "left_out": info["unreadable"],
-                  "train_images": len(train), "val_images": len(val), "test_images": len(test),
-                  "device": str(device), "gpu": gpu, "workers": options["workers"], "ranks": ranks()[1],
-                  "compile": options["compile"], "versions": versions(), "command": sys.argv}
+        record = {
+            "name": shared.name,
+            "root": os.path.abspath(cells.root),
+            "left_out": info["unreadable"],
+            "train_images": len(train),
+            "val_images": len(val),
+            "test_images": len(test),
+            "device": str(device),
+            "gpu": gpu,
+            "workers": options["workers"],
+            "ranks": ranks()[1],
+            "compile": options["compile"],
+            "versions": versions(),
+            "command": sys.argv,
+        }
         if ranks()[0] == 0:
             with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(settings | record, handle, indent=1)
-        fit(folder, net, train, val, lr=lr, fold=fold, memory_format=memory_format, crop=crop,
-            info={"model": model, "init": init}, **images, **options)
+        fit(
+            folder,
+            net,
+            train,
+            val,
+            lr=lr,
+            fold=fold,
+            memory_format=memory_format,
+            crop=crop,
+            info={"model": model, "init": init},
+            **images,
+            **options,
+        )
         publish(folder, net, val, test, **common)
     return 0
 
@@ -697,17 +848,20 @@ def add_options(parser):
     parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--workers", default="auto", help="data loading processes (of each rank)")
-    parser.add_argument("--amp", choices=["auto", *AMP_DTYPES], default="auto",
-                        help="mixed precision (off on CUDA is TF32)")
+    parser.add_argument(
+        "--amp", choices=["auto", *AMP_DTYPES], default="auto", help="mixed precision (off on CUDA is TF32)"
+    )
     parser.add_argument("--memory-format", choices=["auto", *LAYOUTS], default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
 
 
 def run_options(args, parser):
     """Check the shared options (parser.error for an impossible value); returns run's keyword arguments."""
+
     def check(name, fine, need):
         if not fine:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {need}")
+
     for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("seed", 0)):
         check(name, getattr(args, name) >= least, f"at least {least}")
     check("stop_lr", 0 <= args.stop_lr <= 1, "from 0 to 1")
@@ -762,17 +916,24 @@ def open_split(file, cells, unreadable):
     paths, labels, parts = splits.read_splits(file)
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:
-        raise SystemExit(f"{file}: {len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. "
-                         f"{gone[0]}; put them back, or name another folder with --runs")
+        raise SystemExit(
+            f"{file}: {len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. "
+            f"{gone[0]}; put them back, or name another folder with --runs"
+        )
     row = {path: i for i, path in enumerate(paths)}
     rows = np.array([row.get(path, -1) for path in cells.paths])
     wrong = cells.paths[(rows >= 0) & (np.array(labels)[rows] != names)]
     if len(wrong):
-        raise SystemExit(f"{file}: {len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}; "
-                         "correct it or remove it")
+        raise SystemExit(
+            f"{file}: {len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}; "
+            "correct it or remove it"
+        )
     if (rows < 0).any():
-        print(f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it: left out, e.g. "
-              f"{cells.paths[rows < 0][0]}", file=sys.stderr)
+        print(
+            f"{file}: {(rows < 0).sum()} images of {cells.root} are not in it: left out, e.g. "
+            f"{cells.paths[rows < 0][0]}",
+            file=sys.stderr,
+        )
     return cells.subset(rows >= 0), parts[rows[rows >= 0]]
 
 
@@ -798,9 +959,11 @@ def explain(error):
     """
     text = str(error).strip()
     if any(words in text for words in OUT_OF_MEMORY):
-        return (f"out of memory ({text.splitlines()[0]}): lower --batch-size or --image-size, or run fewer "
-                "jobs on this GPU; under torchrun the range test has a whole batch on one GPU, which --lr "
-                "RATE does without")
+        return (
+            f"out of memory ({text.splitlines()[0]}): lower --batch-size or --image-size, or run fewer "
+            "jobs on this GPU; under torchrun the range test has a whole batch on one GPU, which --lr "
+            "RATE does without"
+        )
     if "C compiler" in text or "C++ compiler" in text:
         return "--compile: no C++ compiler found; install g++, or train without --compile"
     if isinstance(error, OSError) or any(words in text for words in (*DEAD_WORKER, *datasets.UNREADABLE)):
@@ -852,8 +1015,10 @@ def main():
     init, own = args.init.split("=")[0], args.runs / "pretrain" / args.model
     name = args.name or init
     if not re.fullmatch(r"\w[\w.+-]*", name) or "=" in args.init and init in ("random", "imagenet"):
-        parser.error(f"--init {args.init}, --name {name}: a NAME (of NAME=PATH too) has letters, digits and "
-                     ".+- alone and is not random or imagenet")
+        parser.error(
+            f"--init {args.init}, --name {name}: a NAME (of NAME=PATH too) has letters, digits and "
+            ".+- alone and is not random or imagenet"
+        )
     if "=" not in args.init and args.init not in models.INITS and not (own / init).is_dir():
         parser.error(f"--init {init}: not one of {', '.join(models.INITS)}, and not in {own}")
     options = run_options(args, parser)
@@ -863,8 +1028,10 @@ def main():
     if weights and os.path.isabs(weights) and pathlib.Path(weights).with_name("config.json").exists():
         before = datasets.read_json(pathlib.Path(weights).with_name("config.json"))
     if before.get("data") == info["fingerprint"]:
-        raise SystemExit(f"{weights}: was trained on the very images of {cells.root}, those to be tested "
-                         "among them; start from other weights")
+        raise SystemExit(
+            f"{weights}: was trained on the very images of {cells.root}, those to be tested "
+            "among them; start from other weights"
+        )
     unreadable = [path for path, _ in info["unreadable"]]
     cells, parts = from_rank_0(lambda: open_split(args.runs / "split.csv", cells, unreadable))
     folds = range(parts.shape[1]) if args.fold is None else args.fold
@@ -875,8 +1042,17 @@ def main():
             print(f"test images that {kind} a training image, by fold: {splits.count_leaks(parts, groups)}")
     folder, status = args.runs / "train" / args.model / name, 0
     for fold in folds:
-        status |= run(folder / f"fold{fold}", folder, cells, info, parts, init=init, weights=weights,
-                      fold=fold, **options)
+        status |= run(
+            folder / f"fold{fold}",
+            folder,
+            cells,
+            info,
+            parts,
+            init=init,
+            weights=weights,
+            fold=fold,
+            **options,
+        )
     return status
 
 

@@ -8,6 +8,7 @@
 Medians of --rounds, both sides in turn. The reference is the usual way: torchvision's ImageFolder and PIL
 transforms, an eager float32 loop with .item() in each step, csv.DictReader, scikit-learn. Progress on stderr.
 """
+
 import argparse
 import contextlib
 import csv
@@ -42,8 +43,8 @@ import splits  # noqa: E402
 import train  # noqa: E402
 
 MEAN, STD = (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)  # Table 2, BM
-TABLE5 = ROOT / "paper" / "table5.csv"                          # BM's classes and their numbers of images
-IMAGES, PAIRS = 171374, 20000                                   # of BM; pairs planted among as many images
+TABLE5 = ROOT / "paper" / "table5.csv"  # BM's classes and their numbers of images
+IMAGES, PAIRS = 171374, 20000  # of BM; pairs planted among as many images
 
 
 # ---------------------------------------------------------------- measuring
@@ -81,8 +82,15 @@ def describe_machine():
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, torchvision, cv2)]
-    return ", ".join([(names or [platform.processor()])[0], f"{len(os.sched_getaffinity(0))} cores", gpu,
-                      f"Python {platform.python_version()}", *versions])
+    return ", ".join(
+        [
+            (names or [platform.processor()])[0],
+            f"{len(os.sched_getaffinity(0))} cores",
+            gpu,
+            f"Python {platform.python_version()}",
+            *versions,
+        ]
+    )
 
 
 # ---------------------------------------------------------------- the usual way
@@ -90,9 +98,12 @@ def usual_transform(size, training):
     """Section 2.3's augmentation, or its resize, and normalisation by torchvision and PIL."""
     steps = [transforms.Resize((size, size))]
     if training:
-        steps = [transforms.RandomResizedCrop(size, scale=(0.08, 1)),
-                 transforms.RandomRotation(180, interpolation=transforms.InterpolationMode.BILINEAR),
-                 transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
+        steps = [
+            transforms.RandomResizedCrop(size, scale=(0.08, 1)),
+            transforms.RandomRotation(180, interpolation=transforms.InterpolationMode.BILINEAR),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomVerticalFlip(),
+        ]
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
@@ -139,12 +150,13 @@ def input_pipeline(cells, args):
 
     def ours():
         for start in range(0, len(indices), 32):
-            batches.__getitems__((1, start, indices[start:start + 32]))
+            batches.__getitems__((1, start, indices[start : start + 32]))
 
     def usual():
         for start in range(0, len(indices), 32):
-            files = [cells.root / str(cells.paths[i]) for i in indices[start:start + 32]]
+            files = [cells.root / str(cells.paths[i]) for i in indices[start : start + 32]]
             torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+
     yield "input pipeline", *rates(len(indices), in_turn(ours, usual, args.rounds))
 
 
@@ -171,14 +183,26 @@ def epoch_against_plain_loop(cells, args):
 
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            train.fit(folder, net, learn, val, lr=1e-3, epochs=1, mean=MEAN, std=STD, compile=args.compile,
-                      memory_format=args.memory_format, **options(args))
+            train.fit(
+                folder,
+                net,
+                learn,
+                val,
+                lr=1e-3,
+                epochs=1,
+                mean=MEAN,
+                std=STD,
+                compile=args.compile,
+                memory_format=args.memory_format,
+                **options(args),
+            )
 
     def reference():
         usual_training(usual, optimizer, usual_loader(learn, args, weights), args.device)
         usual_evaluation(usual, usual_loader(val, args), args.device)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(usual.state_dict(), f"{folder}/best.pt")
+
     yield "epoch against plain loop", *rates(count, in_turn(ours, reference, args.rounds))
 
 
@@ -187,8 +211,11 @@ def evaluation_against_plain_loop(cells, args):
     some = cells.subset(np.resize(np.arange(len(cells)), 64 * args.steps))
     layouts = args.memory_format, "contiguous"
     net, usual = (build(args.model, args, layout, len(cells.classes)) for layout in layouts)
-    seconds = in_turn(lambda: train.predict(net, some, mean=MEAN, std=STD, **options(args)),
-                      lambda: usual_evaluation(usual, usual_loader(some, args), args.device), args.rounds)
+    seconds = in_turn(
+        lambda: train.predict(net, some, mean=MEAN, std=STD, **options(args)),
+        lambda: usual_evaluation(usual, usual_loader(some, args), args.device),
+        args.rounds,
+    )
     yield "evaluation against plain loop", *rates(len(some), seconds)
 
 
@@ -217,8 +244,17 @@ def make_steps(model, args, layout, compiled=False):
     there = labels.to(args.device)
 
     def ours():
-        train.train_epoch(wrapped, ((batch, labels) for batch in batches), optimizer, scaler, mean, std,
-                          args.device, args.amp, form)
+        train.train_epoch(
+            wrapped,
+            ((batch, labels) for batch in batches),
+            optimizer,
+            scaler,
+            mean,
+            std,
+            args.device,
+            args.amp,
+            form,
+        )
         wait(args.device)
 
     ready = [datasets.normalise(batch.to(args.device), mean, std) for batch in batches]
@@ -233,6 +269,7 @@ def make_steps(model, args, layout, compiled=False):
             scaler.step(optimizer)
             scaler.update()
         wait(args.device)
+
     return ours, bare
 
 
@@ -247,7 +284,7 @@ def peak_memory(device, call):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def job(model, args, ready, results):
@@ -274,7 +311,7 @@ def networks(_, args):
                     peaks = [peak_memory(args.device, call) for call in (ours, bare)]
                     yield f"{model} {layout} {kind} peak memory", *costs(*peaks, "MB")
                 del ours, bare
-        torch._dynamo.reset()                           # CUDA graphs hold memory that the jobs may need
+        torch._dynamo.reset()  # CUDA graphs hold memory that the jobs may need
         torch.cuda.empty_cache()
         context, one = multiprocessing.get_context("spawn"), None
         for number in (1, 2, 3):
@@ -282,7 +319,7 @@ def networks(_, args):
             jobs = [context.Process(target=job, args=(model, args, ready, results)) for _ in range(number)]
             for process in jobs:
                 process.start()
-            total = sum(results.get(timeout=900 + args.seconds) for _ in jobs)     # or one has died
+            total = sum(results.get(timeout=900 + args.seconds) for _ in jobs)  # or one has died
             for process in jobs:
                 process.join()
             one = one or total
@@ -313,7 +350,7 @@ def write_study(runs):
         share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         tails = [classes[p.argmax()] + "".join(f",{v:.7g}" for v in p) for p in share]
         heads = [f"{paths[i]},{classes[targets[i]]}," for i in tested]
-        for number, (model, init) in enumerate(rows):       # each network gives these answers to other images
+        for number, (model, init) in enumerate(rows):  # each network gives these answers to other images
             place = np.empty(len(tested), np.int64)
             for label in range(len(classes)):
                 group = np.flatnonzero(targets[tested] == label)
@@ -351,8 +388,11 @@ def evaluate_full_study(_, args):
     """evaluate.py on 125 runs; reference: csv.DictReader and scikit-learn on three files, times 125/3."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_study(pathlib.Path(folder))
-        ours, usual = in_turn(lambda: script("evaluate.py", "--runs", folder),
-                              lambda: [usual_scores(file) for file in files[:3]], args.rounds)
+        ours, usual = in_turn(
+            lambda: script("evaluate.py", "--runs", folder),
+            lambda: [usual_scores(file) for file in files[:3]],
+            args.rounds,
+        )
     yield "evaluate.py full study seconds", *costs(ours, usual * len(files) / 3)
 
 
@@ -376,6 +416,7 @@ def splits_full_study(_, args):
         def ours():
             (folder / "split.csv").unlink(missing_ok=True)
             script("splits.py", "--data", folder / "bm", "--out", folder / "split.csv")
+
         yield "splits.py full study seconds", *costs(*in_turn(ours, usual, args.rounds))
 
 
@@ -398,12 +439,16 @@ def overlaps_of_many(cells, args):
     yield f"overlaps.py {len(many)} images seconds", *costs(seconds, decoded - start)
 
 
-MEASURES = {"input pipeline": input_pipeline, "epoch against plain loop": epoch_against_plain_loop,
-            "step against bare step": step_against_bare_step,
-            "evaluation against plain loop": evaluation_against_plain_loop,
-            "evaluate.py full study seconds": evaluate_full_study,
-            "splits.py full study seconds": splits_full_study, "overlaps": overlaps_of_many,
-            "networks": networks}
+MEASURES = {
+    "input pipeline": input_pipeline,
+    "epoch against plain loop": epoch_against_plain_loop,
+    "step against bare step": step_against_bare_step,
+    "evaluation against plain loop": evaluation_against_plain_loop,
+    "evaluate.py full study seconds": evaluate_full_study,
+    "splits.py full study seconds": splits_full_study,
+    "overlaps": overlaps_of_many,
+    "networks": networks,
+}
 
 
 def read_arguments():
@@ -411,8 +456,9 @@ def read_arguments():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     default = [name for name in MEASURES if name != "networks"]
-    parser.add_argument("--only", nargs="+", choices=[*MEASURES], default=default, metavar="NAME",
-                        help="; ".join(MEASURES))
+    parser.add_argument(
+        "--only", nargs="+", choices=[*MEASURES], default=default, metavar="NAME", help="; ".join(MEASURES)
+    )
     parser.add_argument("--data", help="a data set (default: cells drawn for it)")
     parser.add_argument("--model", default="resnext50_32x4d")
     parser.add_argument("--networks", nargs="+", default=list(evaluate.MODELS)[:4])

@@ -1,4 +1,5 @@
 """Fixtures of the test suite: synthetic cells in the three formats, real cells where there are any, a way to call the scripts."""
+
 import contextlib
 import os
 import pathlib
@@ -9,14 +10,18 @@ import tempfile
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine its threads wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: on a busy machine its threads wait for each other
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than 20 seconds; run by python -m pytest -m long")
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one; run by python -m pytest -m cuda")
+    config.addinivalue_line(
+        "markers", "cuda: needs a CUDA GPU, and is skipped without one; run by python -m pytest -m cuda"
+    )
     if not config.option.markexpr and not any("::" in arg for arg in config.args):
         config.option.markexpr = "not long"
 
@@ -25,6 +30,7 @@ def pytest_configure(config):
 def demo(tmp_path_factory):
     """Folder with the synthetic bm, cd and pcam of tests/demo_data.py, tiny; read only."""
     import demo_data
+
     folder = tmp_path_factory.mktemp("cells")
     demo_data.make(folder, size="tiny", seed=0)
     return folder
@@ -36,11 +42,32 @@ def trained(tmp_path_factory, demo):
     import datasets
     import splits
     import train
+
     runs, cells = tmp_path_factory.mktemp("trained"), datasets.open_dataset(demo / "bm")
     labels = [cells.classes[target] for target in cells.targets]
     splits.write_splits(runs / "split.csv", cells.paths, labels, splits.make_splits(cells.targets, folds=2))
-    options = ("--model", "shufflenet_v2_x0_5", "--init", "random", "--data", demo / "bm", "--runs", runs, "--epochs", 2,
-               "--image-size", 64, "--lr", 0.05, "--workers", 0, "--device", "cpu", "--amp", "off")
+    options = (
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--init",
+        "random",
+        "--data",
+        demo / "bm",
+        "--runs",
+        runs,
+        "--epochs",
+        2,
+        "--image-size",
+        64,
+        "--lr",
+        0.05,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, options)])
         train.main()
@@ -67,15 +94,18 @@ def real_cells():
 @pytest.fixture
 def run():
     """Call a script: run("train.py", "--model", ...) gives a CompletedProcess with stdout and stderr as text."""
+
     def call(script, *args, **options):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, **options)
+
     return call
 
 
 @pytest.fixture
 def without_rights():
     """(a new folder that all can reach, a context manager): `with context():` this process is nobody, and not root."""
+
     @contextlib.contextmanager
     def context():
         before = os.geteuid()
@@ -85,6 +115,7 @@ def without_rights():
             yield
         finally:
             os.seteuid(before)
+
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield pathlib.Path(folder), context

@@ -9,6 +9,7 @@ planted: pieces of a wall of other images, by strong changes of place, direction
 two are alike but the planted pairs. stitched: crops at random places of pictures made of 16 images each;
 fields: of synthetic smears.
 """
+
 import argparse
 import csv
 import functools
@@ -31,7 +32,7 @@ def write_crops(picture, places, folder, size=SIDE, quality=(85, 95), rng=None, 
     """Save the squares at places (x, y) of uint8 [H,W,3] (RGB) or [H,W,1] as 00000.jpg, ... in folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (x, y) in enumerate(places):
-        write_image(folder / f"{number:05d}.{kind}", picture[y:y + size, x:x + size], quality, rng)
+        write_image(folder / f"{number:05d}.{kind}", picture[y : y + size, x : x + size], quality, rng)
 
 
 def write_image(file, picture, quality, rng):
@@ -55,8 +56,13 @@ def draw_canvas(rng, wall, height, width):
     size = np.array(wall.shape[1::-1])
     margin = np.minimum(2 * SIDE, size // 4)
     place = rng.uniform(margin, size - margin) - matrix @ [width / 2, height / 2]
-    canvas = cv2.warpAffine(wall, np.column_stack([matrix, place]), (width, height),
-                            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+    canvas = cv2.warpAffine(
+        wall,
+        np.column_stack([matrix, place]),
+        (width, height),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REFLECT,
+    )
     levels = np.linspace(0, 1, 256)[:, None] ** rng.uniform(0.6, 1.6, 3) * rng.uniform(0.6, 1, 3)
     levels += rng.uniform(0, 1, 3) * (1 - levels.max(0))
     return cv2.LUT(canvas, np.round(255 * levels).astype(np.uint8)[None])[..., rng.permutation(3)]
@@ -68,8 +74,8 @@ def write_unit(folder, wall, seed, unit):
     rng = np.random.default_rng((seed, number))
     canvas = draw_canvas(rng, wall, SIDE + abs(dy), SIDE + abs(dx))
     places = [(max(0, -dx), max(0, -dy)), (max(0, dx), max(0, dy))]
-    for image, (x, y) in enumerate(places[:1 if len(unit) == 1 else 2]):
-        write_image(folder / file_name(number + image), canvas[y:y + SIDE, x:x + SIDE], (85, 95), rng)
+    for image, (x, y) in enumerate(places[: 1 if len(unit) == 1 else 2]):
+        write_image(folder / file_name(number + image), canvas[y : y + SIDE, x : x + SIDE], (85, 95), rng)
 
 
 def file_name(number):
@@ -87,10 +93,10 @@ def make_planted(cells, folder, images, pairs, seed=0):
     units = [(int(number), int(dx), int(dy)) for number, (dx, dy) in zip(starts, shifts)]
     units += [(int(number),) for number in np.flatnonzero(single)]
     tiles = []
-    for index in rng.permutation(len(cells))[:WALL**2]:
+    for index in rng.permutation(len(cells))[: WALL**2]:
         tiles.append(cv2.resize(cells[int(index)], (SIDE, SIDE), interpolation=cv2.INTER_AREA))
-    across = int(len(tiles)**0.5)
-    wall = np.vstack([np.hstack(tiles[row * across:(row + 1) * across]) for row in range(across)])
+    across = int(len(tiles) ** 0.5)
+    wall = np.vstack([np.hstack(tiles[row * across : (row + 1) * across]) for row in range(across)])
     for name in range(CLASSES):
         (folder / f"C{name:02d}").mkdir(parents=True, exist_ok=True)
     work = functools.partial(write_unit, folder, wall, seed)
@@ -104,16 +110,17 @@ def make_planted(cells, folder, images, pairs, seed=0):
 def draw_fields(rng, number):
     """Yield fields of synthetic cervical cells, uint8 RGB [540,720,3]."""
     import demo_data
+
     for field in range(1, number + 1):
         yield demo_data.draw_slide(int(rng.integers(1 << 30)), "train", field)[0]
 
 
 def stitch(rng, number, cells, across=4):
     """Yield pictures of across x across images of cells, uint8 RGB [1000,1000,3]; each is in one of them."""
-    order = rng.permutation(len(cells))[:number * across**2].reshape(number, -1)
+    order = rng.permutation(len(cells))[: number * across**2].reshape(number, -1)
     for picture in order:
         tiles = [cv2.resize(cells[int(index)], (SIDE, SIDE)) for index in picture]
-        yield np.vstack([np.hstack(tiles[row * across:(row + 1) * across]) for row in range(across)])
+        yield np.vstack([np.hstack(tiles[row * across : (row + 1) * across]) for row in range(across)])
 
 
 def make_crops(pictures, folder, crops, rng, side=SIDE, grey_png=False):
@@ -128,7 +135,7 @@ def make_crops(pictures, folder, crops, rng, side=SIDE, grey_png=False):
         for first, (x, y) in enumerate(places):
             file = folder / file_name(number + first)
             file = file.with_suffix(".png") if grey_png else file
-            write_image(file, picture[y:y + side, x:x + side], (85, 95), rng)
+            write_image(file, picture[y : y + side, x : x + side], (85, 95), rng)
             for second in range(first):
                 if min(shared_rectangle(places[second], places[first], side)):
                     names = file_name(number + second), file_name(number + first)

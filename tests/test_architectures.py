@@ -1,4 +1,5 @@
 """The five architectures as the paper used them: Table 3, the new last layer, a step of training, a prediction."""
+
 import gc
 import re
 import sys
@@ -13,18 +14,34 @@ import datasets
 import models
 
 PAPER = {  # Table 3 as printed
-    "vgg19_bn": (74.218, 91.842, 143_678_248), "resnet152": (82.284, 96.002, 60_192_808),
-    "regnet_y_32gf": (83.368, 96.498, 145_046_770), "vit_l_32": (76.972, 93.07, 306_535_400)}
-HEADS = {"vgg19_bn": ("classifier.6", 4096), "resnet152": ("fc", 2048), "regnet_y_32gf": ("fc", 3712),
-         "vit_l_32": ("heads.head", 1024), "resnext50_32x4d": ("fc", 2048)}
-GRIDS = {"vgg19_bn": (512, 14, 14), "resnet152": (2048, 7, 7), "regnet_y_32gf": (3712, 7, 7), "vit_l_32": (1024, 7, 7),
-         "resnext50_32x4d": (2048, 7, 7)}
+    "vgg19_bn": (74.218, 91.842, 143_678_248),
+    "resnet152": (82.284, 96.002, 60_192_808),
+    "regnet_y_32gf": (83.368, 96.498, 145_046_770),
+    "vit_l_32": (76.972, 93.07, 306_535_400),
+}
+HEADS = {
+    "vgg19_bn": ("classifier.6", 4096),
+    "resnet152": ("fc", 2048),
+    "regnet_y_32gf": ("fc", 3712),
+    "vit_l_32": ("heads.head", 1024),
+    "resnext50_32x4d": ("fc", 2048),
+}
+GRIDS = {
+    "vgg19_bn": (512, 14, 14),
+    "resnet152": (2048, 7, 7),
+    "regnet_y_32gf": (3712, 7, 7),
+    "vit_l_32": (1024, 7, 7),
+    "resnext50_32x4d": (2048, 7, 7),
+}
 
 
 def test_table_3_is_what_the_chosen_weights_reach():
     for name, (acc1, acc5, parameters) in PAPER.items():
         meta = models.find_weights(name).meta
-        assert meta["_metrics"]["ImageNet-1K"] == {"acc@1": acc1, "acc@5": acc5} and meta["num_params"] == parameters
+        assert (
+            meta["_metrics"]["ImageNet-1K"] == {"acc@1": acc1, "acc@5": acc5}
+            and meta["num_params"] == parameters
+        )
 
 
 def test_the_script_prints_table_3(monkeypatch, capsys):
@@ -39,7 +56,9 @@ def test_the_script_prints_table_3(monkeypatch, capsys):
 
 def cells(size=224):
     """A batch of two cells, uint8 [2,3,size,size]."""
-    images = [datasets.resize(demo_data.draw_cell(code, seed=0, number=1)[0], size) for code in ("BAS", "FGC")]
+    images = [
+        datasets.resize(demo_data.draw_cell(code, seed=0, number=1)[0], size) for code in ("BAS", "FGC")
+    ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -81,7 +100,9 @@ def test_one_step_and_one_prediction(name):
     loss = torch.nn.functional.cross_entropy(net(images), torch.tensor([5, 20]))
     loss.backward()
     optimiser.step()
-    assert loss.isfinite() and all(not torch.equal(net.get_parameter(key), tensor) for key, tensor in before.items())
+    assert loss.isfinite() and all(
+        not torch.equal(net.get_parameter(key), tensor) for key, tensor in before.items()
+    )
     optimiser.zero_grad()
     with torch.inference_mode():
         logits = net.eval()(images)
@@ -104,27 +125,50 @@ def test_vgg_looks_at_the_last_relu_before_the_pooling():
 def test_tokens_become_the_grid_that_they_came_from():
     with torch.device("meta"):
         net = models.build_model("vit_b_32", 2, None, 96)
-    patches = torch.arange(9.).reshape(1, 9, 1)  # row by row, as torchvision cuts an image into patches
-    tokens = torch.cat([torch.full((1, 1, 1), -1.), patches], 1)  # the class token comes first
-    assert torch.equal(models.cam_reshape(net)(tokens)[0, 0], torch.arange(9.).reshape(3, 3))
+    patches = torch.arange(9.0).reshape(1, 9, 1)  # row by row, as torchvision cuts an image into patches
+    tokens = torch.cat([torch.full((1, 1, 1), -1.0), patches], 1)  # the class token comes first
+    assert torch.equal(models.cam_reshape(net)(tokens)[0, 0], torch.arange(9.0).reshape(3, 3))
 
 
-@pytest.mark.parametrize("name, size", [
-    ("alexnet", 96), ("convnext_tiny", 64), ("densenet121", 64), ("efficientnet_b0", 64), ("googlenet", 64),
-    ("inception_v3", 107), ("maxvit_t", 224), ("mnasnet0_5", 64), ("mobilenet_v2", 64), ("shufflenet_v2_x0_5", 64),
-    ("squeezenet1_1", 64), ("swin_t", 64), ("regnet_x_400mf", 64)])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("alexnet", 96),
+        ("convnext_tiny", 64),
+        ("densenet121", 64),
+        ("efficientnet_b0", 64),
+        ("googlenet", 64),
+        ("inception_v3", 107),
+        ("maxvit_t", 224),
+        ("mnasnet0_5", 64),
+        ("mobilenet_v2", 64),
+        ("shufflenet_v2_x0_5", 64),
+        ("squeezenet1_1", 64),
+        ("swin_t", 64),
+        ("regnet_x_400mf", 64),
+    ],
+)
 def test_any_other_torchvision_model(name, size):
     net = models.build_model(name, 5, None, size).eval()
     seen = []
     models.cam_layer(net).register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         assert net(torch.randn(1, 3, size, size)).shape == (1, 5)
-    assert seen[0].ndim == 4 and seen[0].shape[-1] == seen[0].shape[-2] > 1 and seen[0].shape[1] > seen[0].shape[2]
+    assert (
+        seen[0].ndim == 4
+        and seen[0].shape[-1] == seen[0].shape[-2] > 1
+        and seen[0].shape[1] > seen[0].shape[2]
+    )
 
 
 def test_names_and_sizes_that_do_not_exist():
-    for args, named in ((("resnet153",), "resnet152"), (("fasterrcnn_resnet50_fpn",), "no classification model"),
-                        (("ResNet18",), "resnet18"), (("vit_b_16", 100), "multiple of 16"),
-                        (("vgg11_bn", 16), "at least 32"), (("resnet18", 64, "V3"), "IMAGENET1K_V1")):
+    for args, named in (
+        (("resnet153",), "resnet152"),
+        (("fasterrcnn_resnet50_fpn",), "no classification model"),
+        (("ResNet18",), "resnet18"),
+        (("vit_b_16", 100), "multiple of 16"),
+        (("vgg11_bn", 16), "at least 32"),
+        (("resnet18", 64, "V3"), "IMAGENET1K_V1"),
+    ):
         with pytest.raises(ValueError, match=named):
             models.check_name(*args)

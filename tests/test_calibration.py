@@ -1,4 +1,5 @@
 """How sure the network is, and what a clinic asks: each number of report.py against a hand count, scikit-learn or SciPy."""
+
 import types
 
 import numpy as np
@@ -53,7 +54,9 @@ def test_a_known_temperature_is_found(known):
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(4), 30000)
     labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
-    assert report.fit_temperature(report.posterior(p, temperature=1 / known), labels) == pytest.approx(known, rel=0.03)
+    assert report.fit_temperature(report.posterior(p, temperature=1 / known), labels) == pytest.approx(
+        known, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -61,13 +64,16 @@ def test_the_temperature_is_the_optimum_of_the_likelihood(corrected):
     """Against a second optimiser, of a loss written down anew."""
     frequencies = np.array([0.6, 0.3, 0.1])
     labels, p, _ = balanced_network(2000, frequencies)
-    sharp = p ** 3 / (p ** 3).sum(1, keepdims=True)
+    sharp = p**3 / (p**3).sum(1, keepdims=True)
 
     def loss(parameter):
         weights = sharp ** (1 / parameter[0]) * (frequencies if corrected else 1)
         return -np.log(weights[np.arange(len(labels)), labels] / weights.sum(1)).mean()
+
     best = optimize.minimize(loss, [1.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x[0]
-    assert report.fit_temperature(sharp, labels, frequencies if corrected else None) == pytest.approx(best, rel=1e-3)
+    assert report.fit_temperature(sharp, labels, frequencies if corrected else None) == pytest.approx(
+        best, rel=1e-3
+    )
     assert not corrected or best == pytest.approx(3, rel=0.15)
 
 
@@ -109,7 +115,13 @@ def coverage_by_hand():
     val = np.array([[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9]])
     test = np.array([[0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.85, 0.15]])
     labels = np.array([0, 1, 1, 1])
-    return report.Fold(labels, {name: test for name in report.PLAIN}, np.array([0, 0, 1, 1]), {name: val for name in report.PLAIN}, {})
+    return report.Fold(
+        labels,
+        {name: test for name in report.PLAIN},
+        np.array([0, 0, 1, 1]),
+        {name: val for name in report.PLAIN},
+        {},
+    )
 
 
 def test_risk_and_coverage_by_hand():
@@ -130,7 +142,9 @@ def test_tolerant_scores_by_hand():
     assert recall == pytest.approx([0.9, 1.0, 0.7])
     assert precision == pytest.approx([7 / 10, 12 / 12, 7 / 8])
     strict = report.tolerant_scores(confusion, np.zeros((3, 3), bool))
-    assert np.array(strict) == pytest.approx(np.array(evaluate.per_class_scores(*hand_labels(confusion), 3)[:2]))
+    assert np.array(strict) == pytest.approx(
+        np.array(evaluate.per_class_scores(*hand_labels(confusion), 3)[:2])
+    )
 
 
 def hand_labels(confusion):
@@ -163,7 +177,9 @@ def test_sensitivity_agrees_with_the_roc_curve():
     scores = np.round(rng.normal(positive * 2.0, 1), 2)
     for specificity in report.SPECIFICITIES:
         false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
-        assert report.sensitivity_at(scores, positive, specificity)[0] == pytest.approx(true[false <= 1 - specificity + 1e-12].max())
+        assert report.sensitivity_at(scores, positive, specificity)[0] == pytest.approx(
+            true[false <= 1 - specificity + 1e-12].max()
+        )
 
 
 def test_pr_auc_is_the_step_sum_under_the_curve():
@@ -181,16 +197,27 @@ def test_pr_auc_is_the_step_sum_under_the_curve():
 def test_scores_of_all_classes_agree_with_scikit_learn():
     """Macro, weighted, balanced and top-2 of one fold of eight classes."""
     from sklearn import metrics
+
     rng = np.random.default_rng(5)
     labels = np.concatenate([rng.integers(0, 8, 400), np.arange(8)])
     p = report.posterior(rng.dirichlet(np.ones(8), len(labels)) + 0.3 * np.eye(8)[labels])
     fold = report.Fold(labels, {name: p for name in report.PLAIN}, None, None, {})
-    rows = {row["score"]: row["mean"] for row in report.score_rows([fold], np.bincount(labels)) if row["variant"] == "as trained"}
+    rows = {
+        row["score"]: row["mean"]
+        for row in report.score_rows([fold], np.bincount(labels))
+        if row["variant"] == "as trained"
+    }
     guess = p.argmax(1)
     for average in ("macro", "weighted"):
         theirs = metrics.precision_recall_fscore_support(labels, guess, average=average)[:3]
-        names = [f"{average} precision", "macro recall (balanced accuracy)" if average == "macro" else "accuracy (weighted recall)", f"{average} F1"]
+        names = [
+            f"{average} precision",
+            "macro recall (balanced accuracy)" if average == "macro" else "accuracy (weighted recall)",
+            f"{average} F1",
+        ]
         assert [rows[name] for name in names] == pytest.approx(theirs)
-    assert rows["macro recall (balanced accuracy)"] == pytest.approx(metrics.balanced_accuracy_score(labels, guess))
+    assert rows["macro recall (balanced accuracy)"] == pytest.approx(
+        metrics.balanced_accuracy_score(labels, guess)
+    )
     assert rows["accuracy (weighted recall)"] == pytest.approx(metrics.accuracy_score(labels, guess))
     assert rows["top-2 accuracy"] == pytest.approx(metrics.top_k_accuracy_score(labels, p, k=2))

@@ -2,6 +2,7 @@
 
 Names, columns and keys stand here once more by hand; counts come from the folders and files of the data sets themselves.
 """
+
 import collections
 import contextlib
 import csv
@@ -27,16 +28,24 @@ from conftest import ROOT
 
 MODEL = "shufflenet_v2_x0_5"
 SMALL = "--epochs 1 --image-size 32 --batch-size 16 --lr 0.01 --workers 0 --device cpu --amp off".split()
-CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()  # Table 5
+CLASSES = (
+    "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
+)  # Table 5
 SCORES = [f"{score}_{what}" for score in ("precision", "recall", "f1") for what in ("mean", "std")]
 
 
 def call(script, *args):
     """A script's own `if __name__` part, run in this process: a CompletedProcess with its status and output."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
+    }
     status = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
         patch.setattr(os, "_exit", sys.exit)  # train.py leaves that way, which would end the tests
         try:
@@ -57,9 +66,15 @@ def start(script, *args, **environment):
     else:
         command = [sys.executable, ROOT / script] if script.endswith(".py") else ["bash", ROOT / script]
         path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-        clean = {key: value for key, value in os.environ.items() if key not in ("DATA", "RUNS", "MODELS", "INITS", "FOLDS")}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("DATA", "RUNS", "MODELS", "INITS", "FOLDS")
+        }
         clean |= {"PATH": path} | environment
-        done = subprocess.run([*command, *map(str, args)], env=clean, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *map(str, args)], env=clean, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done
 
@@ -72,7 +87,21 @@ def read(file):
 
 
 def training(demo, runs):
-    return ("train.py", "--model", MODEL, "--init", "random", "--fold", 0, 1, "--data", demo / "bm", "--runs", runs, *SMALL)
+    return (
+        "train.py",
+        "--model",
+        MODEL,
+        "--init",
+        "random",
+        "--fold",
+        0,
+        1,
+        "--data",
+        demo / "bm",
+        "--runs",
+        runs,
+        *SMALL,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +125,13 @@ def fold(study, request):
 def test_a_fold_leaves_these_files_and_no_other(study, fold):
     runs, _ = study
     assert {file.name for file in fold[1].iterdir()} == {
-        "config.json", "log.csv", "best.pt", "predictions.csv", "val_predictions.csv", "lock"}
+        "config.json",
+        "log.csv",
+        "best.pt",
+        "predictions.csv",
+        "val_predictions.csv",
+        "lock",
+    }
     assert {file.name for file in fold[1].parent.iterdir()} == {"fold0", "fold1"}
     assert {"data/bm.json", "split.csv"} <= {str(file.relative_to(runs)) for file in runs.rglob("*")}
     assert not list(runs.rglob("*.tmp*"))
@@ -106,21 +141,43 @@ def test_log_has_one_row_an_epoch(fold):
     header, rows = read(fold[1] / "log.csv")
     assert header == "epoch lr train_loss val_loss val_accuracy images_per_second seconds".split()
     assert [(row["epoch"], float(row["lr"])) for row in rows] == [("1", 0.01)]
-    assert all(float(row[key]) > 0 for row in rows for key in ("train_loss", "val_loss", "images_per_second", "seconds"))
+    assert all(
+        float(row[key]) > 0
+        for row in rows
+        for key in ("train_loss", "val_loss", "images_per_second", "seconds")
+    )
 
 
 def test_config_says_what_was_run(fold):
     config = json.loads((fold[1] / "config.json").read_text())
-    wanted = dict(model=MODEL, init="random", fold=fold[0], epochs=1, image_size=32, batch_size=16, lr=0.01, seed=0, amp="off")
+    wanted = dict(
+        model=MODEL,
+        init="random",
+        fold=fold[0],
+        epochs=1,
+        image_size=32,
+        batch_size=16,
+        lr=0.01,
+        seed=0,
+        amp="off",
+    )
     assert {key: config[key] for key in wanted} == wanted and config["weights"] is None
 
 
 def test_best_pt_is_a_plain_dict_of_a_bare_torchvision_network(study, fold):
     best = torch.load(fold[1] / "best.pt", weights_only=True)
-    assert set(best) == set("state_dict model classes mean std image_size init fold epoch val_accuracy train_counts".split())
+    assert set(best) == set(
+        "state_dict model classes mean std image_size init fold epoch val_accuracy train_counts".split()
+    )
     net = torchvision.models.get_model(MODEL, num_classes=21)
     assert net.load_state_dict(best["state_dict"]).missing_keys == []
-    assert (best["model"], best["init"], best["fold"], best["epoch"], best["image_size"]) == (MODEL, "random", fold[0], 1, 32)
+    assert (best["model"], best["init"], best["fold"], best["epoch"], best["image_size"]) == (
+        MODEL,
+        "random",
+        fold[0],
+        1,
+        32,
+    )
     assert best["classes"] == CLASSES and len(best["mean"]) == len(best["std"]) == 3
     assert best["val_accuracy"] == float(read(fold[1] / "log.csv")[1][0]["val_accuracy"])
     rows = read(study[0] / "split.csv")[1]
@@ -132,7 +189,9 @@ def test_best_pt_is_a_plain_dict_of_a_bare_torchvision_network(study, fold):
 def test_each_image_of_a_part_is_predicted_once_with_probabilities_that_add_up_to_1(study, fold, name, part):
     header, rows = read(fold[1] / name)
     assert header == ["path", "label", "prediction", *(f"p_{label}" for label in CLASSES)]
-    wanted = {row["path"]: row["label"] for row in read(study[0] / "split.csv")[1] if row[f"fold{fold[0]}"] == part}
+    wanted = {
+        row["path"]: row["label"] for row in read(study[0] / "split.csv")[1] if row[f"fold{fold[0]}"] == part
+    }
     assert {row["path"]: row["label"] for row in rows} == wanted and len(rows) == len(wanted) > 0
     p = np.array([[float(row[f"p_{label}"]) for label in CLASSES] for row in rows])
     assert (p >= 0).all() and np.abs(p.sum(1) - 1).max() < 1e-5
@@ -141,18 +200,26 @@ def test_each_image_of_a_part_is_predicted_once_with_probabilities_that_add_up_t
 
 def test_a_second_call_does_nothing_and_says_so(study, demo):
     runs, _ = study
+
     def state():
-        return {file: file.stat().st_mtime_ns for file in runs.rglob("*") if file.is_file() and not file.name.endswith("lock")}
+        return {
+            file: file.stat().st_mtime_ns
+            for file in runs.rglob("*")
+            if file.is_file() and not file.name.endswith("lock")
+        }
+
     before = state()
     done = start(*training(demo, runs))
     assert [line for line in done.stdout.splitlines() if "finished, nothing to do" in line] == [
-        f"{runs}/train/{MODEL}/random/fold{k}: finished, nothing to do" for k in (0, 1)]
+        f"{runs}/train/{MODEL}/random/fold{k}: finished, nothing to do" for k in (0, 1)
+    ]
     assert "epoch" not in done.stdout and state() == before
 
 
 def test_training_does_without_git(tmp_path, monkeypatch):
     """A container often has no git: the commit is recorded as unknown."""
     import train
+
     assert len(train.versions()["commit"] or "") in (0, 40)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert train.versions()["commit"] is None
@@ -162,7 +229,9 @@ def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo):
     """A quick trial of fold 0, then the real run into the same folder: the first would count as one of the five."""
     runs, _ = study
     done = call(*training(demo, runs), "--epochs", 3)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{runs}/train/{MODEL}/random/fold0: begun with other settings")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        f"{runs}/train/{MODEL}/random/fold0: begun with other settings"
+    )
     assert "epochs was 1, is now 3" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -187,14 +256,37 @@ def test_training_says_which_test_images_it_has_seen(tmp_path):
             image = np.random.default_rng([i, i and ord(label)]).integers(0, 256, (32, 32, 3), np.uint8)
             cv2.imwrite(str(tmp_path / "mine" / label / f"{i}.png"), image)
     parts = {"A/0.png": "train", "A/1.png": "test", "B/0.png": "test", "A/3.png": "val"}
-    rows = [(f"{label}/{i}.png", label, parts.get(f"{label}/{i}.png", "train")) for label in "AB" for i in range(4)]
+    rows = [
+        (f"{label}/{i}.png", label, parts.get(f"{label}/{i}.png", "train"))
+        for label in "AB"
+        for i in range(4)
+    ]
     (tmp_path / "runs").mkdir()
-    for name, table in (("split.csv", [("path", "label", "fold0"), *rows]),
-                        ("overlaps.csv", ["first,second,dx,dy,difference,area".split(","),
-                                          ("B/2.png", "A/1.png", 3, 4, 0.1, 0.8), ("B/2.png", "B/3.png", 1, 1, 0.1, 0.9)])):
+    for name, table in (
+        ("split.csv", [("path", "label", "fold0"), *rows]),
+        (
+            "overlaps.csv",
+            [
+                "first,second,dx,dy,difference,area".split(","),
+                ("B/2.png", "A/1.png", 3, 4, 0.1, 0.8),
+                ("B/2.png", "B/3.png", 1, 1, 0.1, 0.9),
+            ],
+        ),
+    ):
         with open(tmp_path / "runs" / name, "w", newline="") as file:
             csv.writer(file).writerows(table)
-    done = start("train.py", "--model", MODEL, "--init", "random", "--data", tmp_path / "mine", "--runs", tmp_path / "runs", *SMALL)
+    done = start(
+        "train.py",
+        "--model",
+        MODEL,
+        "--init",
+        "random",
+        "--data",
+        tmp_path / "mine",
+        "--runs",
+        tmp_path / "runs",
+        *SMALL,
+    )
     assert "test images that overlap with a training image, by fold: [1]" in done.stdout
     assert "test images that are copies of a training image, by fold: [1]" in done.stdout
     assert "1 groups of equal images have several labels, e.g. " in done.stderr
@@ -203,7 +295,9 @@ def test_training_says_which_test_images_it_has_seen(tmp_path):
 def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo):
     runs, _ = study
     best = runs / "train" / MODEL / "random" / "fold0" / "best.pt"
-    done = call("train.py", "--model", MODEL, "--init", f"mine={best}", "--data", demo / "bm", "--runs", runs, *SMALL)
+    done = call(
+        "train.py", "--model", MODEL, "--init", f"mine={best}", "--data", demo / "bm", "--runs", runs, *SMALL
+    )
     assert done.returncode == 1 and f"{best}: was trained on the very images of" in done.stderr
     assert not (runs / "train" / MODEL / "mine").exists()
 
@@ -212,10 +306,22 @@ def test_no_network_starts_from_one_that_has_seen_its_test_images(study, demo):
 def test_tables_have_the_columns_that_others_read(study):
     results = study[0] / "results"
     header, rows = read(results / "table4.csv")
-    assert header == ["model", "init", "folds", *SCORES, "accuracy_mean", "accuracy_std", "f1_fold_std", "f1_common"]
+    assert header == [
+        "model",
+        "init",
+        "folds",
+        *SCORES,
+        "accuracy_mean",
+        "accuracy_std",
+        "f1_fold_std",
+        "f1_common",
+    ]
     assert [(row["model"], row["init"], row["folds"]) for row in rows] == [(MODEL, "random", "2")]
     header, rows = read(results / f"table5_{MODEL}_random.csv")
-    assert header[:2 + len(SCORES)] == ["class", "images", *SCORES] and [row["class"] for row in rows] == CLASSES
+    assert (
+        header[: 2 + len(SCORES)] == ["class", "images", *SCORES]
+        and [row["class"] for row in rows] == CLASSES
+    )
     header, rows = read(results / f"confusion_{MODEL}_random.csv")
     assert header == ["class", *CLASSES] and [row["class"] for row in rows] == CLASSES
     header, _ = read(results / "label_issues.csv")
@@ -237,23 +343,36 @@ def test_evaluate_prints_the_papers_table_beside_ours(study):
     paper = read(ROOT / "paper/table4.csv")[1]
     for row in paper:
         assert f"{float(row['f1_mean']):.3f}" in text
-    assert len(paper) == 25 and MODEL in text and "Regnet_y_32gf" in text and study[1]["evaluate.py"].stderr == ""
+    assert (
+        len(paper) == 25
+        and MODEL in text
+        and "Regnet_y_32gf" in text
+        and study[1]["evaluate.py"].stderr == ""
+    )
 
 
 def test_pictures_and_page_are_there(study):
     runs, done = study
-    for name in (f"confusion_{MODEL}_random.png", f"gradcam_{MODEL}_random_BAS.png", f"gradcam_{MODEL}_random_FGC.png"):
+    for name in (
+        f"confusion_{MODEL}_random.png",
+        f"gradcam_{MODEL}_random_BAS.png",
+        f"gradcam_{MODEL}_random_FGC.png",
+    ):
         assert min(cv2.imread(str(runs / "results" / name)).shape[:2]) > 300, name
     assert str(runs / f"results/gradcam_{MODEL}_random_BAS.png") in done["gradcam.py"].stdout
     page = (runs / "results/index.html").read_text(encoding="utf-8")
-    assert done["report.py"].stdout.startswith(f"{runs}/results/index.html: ") and page.rstrip().endswith("</html>")
+    assert done["report.py"].stdout.startswith(f"{runs}/results/index.html: ") and page.rstrip().endswith(
+        "</html>"
+    )
     assert page.count(f"gradcam_{MODEL}_random_") >= 2 and MODEL in page
 
 
 # ---------------------------------------------------------------- datasets.py
 def counted(demo):
     """{data set: {class: images}} by hand: files in folders, boxes of more than one pixel, HDF5 labels."""
-    bm = {folder.name: sum(file.is_file() for file in folder.rglob("*")) for folder in (demo / "bm").glob("*/*")}
+    bm = {
+        folder.name: sum(file.is_file() for file in folder.rglob("*")) for folder in (demo / "bm").glob("*/*")
+    }
     cd = collections.Counter()
     for file in (demo / "cd").glob("*.json"):
         coco = json.loads(file.read_text())
@@ -284,7 +403,13 @@ def test_the_page_needs_evaluate_py_and_no_other_file_of_ours(study, tmp_path):
     """The two files alone in a folder, as they are copied into another project."""
     for name in ("report.py", "report.html", "evaluate.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run([sys.executable, "report.py", "--runs", study[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "report.py", "--runs", study[0]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (study[0] / "results" / "index.html").stat().st_mtime >= (tmp_path / "report.py").stat().st_mtime
 
@@ -296,15 +421,37 @@ def test_fine_tuning_starts_from_the_pretrainings_best_pt_by_name_or_by_path(dem
     runs = tmp_path / "runs"
     start("pretrain.py", "--model", MODEL, "--init", "cd", "--data", demo / "cd", "--runs", runs, *SMALL)
     source = runs / "pretrain" / MODEL / "cd"
-    assert {file.name for file in source.iterdir()} >= {"config.json", "log.csv", "best.pt", "predictions.csv"}
+    assert {file.name for file in source.iterdir()} >= {
+        "config.json",
+        "log.csv",
+        "best.pt",
+        "predictions.csv",
+    }
     header, rows = read(source / "predictions.csv")
     shown = collections.Counter(row["label"] for row in rows)
-    assert len(header) == 3 + 11 and sum(shown.values()) < sum(counted(demo)["cd"].values()) / 3  # validation images alone
+    assert (
+        len(header) == 3 + 11 and sum(shown.values()) < sum(counted(demo)["cd"].values()) / 3
+    )  # validation images alone
     for init in ("cd", f"mine={source / 'best.pt'}"):
-        start("train.py", "--model", MODEL, "--init", init, "--fold", 0, "--data", demo / "bm", "--runs", runs, *SMALL)
+        start(
+            "train.py",
+            "--model",
+            MODEL,
+            "--init",
+            init,
+            "--fold",
+            0,
+            "--data",
+            demo / "bm",
+            "--runs",
+            runs,
+            *SMALL,
+        )
     folds = [runs / "train" / MODEL / name / "fold0" for name in ("cd", "mine")]
     for fold in folds:
         config = json.loads((fold / "config.json").read_text())
         assert config["weights"] == hashlib.sha256((source / "best.pt").read_bytes()).hexdigest()
         assert torch.load(fold / "best.pt", weights_only=True)["init"] == config["init"] == fold.parent.name
-    assert folds[0].joinpath("predictions.csv").read_bytes() == folds[1].joinpath("predictions.csv").read_bytes()
+    assert (
+        folds[0].joinpath("predictions.csv").read_bytes() == folds[1].joinpath("predictions.csv").read_bytes()
+    )

@@ -4,6 +4,7 @@ Truth comes from fractions worked out by hand and the t distribution's closed fo
 numbers that scikit-learn's documentation prints ('Statistical comparison of models using grid search'), from SciPy's
 binomtest, from the definition of Holm's procedure, from scikit-learn's scores of the same files, and from simulation.
 """
+
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from test_metrics import cells_of, command, read_csv, simulate, write_prediction
 
 import evaluate
 
-RATIO = Fraction(20, 64)        # of the paper's split: 20% tested, 64% trained on
+RATIO = Fraction(20, 64)  # of the paper's split: 20% tested, 64% trained on
 
 
 # ---------------------------------------------------------------- corrected resampled t-test
@@ -40,8 +41,12 @@ def test_the_corrected_t_test_by_hand():
     mean, low, high, p, error = evaluate.corrected_t_test(list(map(float, differences)), float(RATIO))
     assert (mean, error) == pytest.approx((0.05, math.sqrt(variance)))
     assert p == pytest.approx(two_sided(t)) and round(float(p), 3) == 0.058, "the plain t-test says 0.013"
-    assert (low, high) == pytest.approx((0.05 - 2.776445 * error, 0.05 + 2.776445 * error)), "2.776445: the tables' t for 97.5% and 4"
-    assert evaluate.corrected_t_test(list(map(float, differences)), 0)[3] == pytest.approx(two_sided(0.05 / math.sqrt(7e-4 / 5)))
+    assert (low, high) == pytest.approx((0.05 - 2.776445 * error, 0.05 + 2.776445 * error)), (
+        "2.776445: the tables' t for 97.5% and 4"
+    )
+    assert evaluate.corrected_t_test(list(map(float, differences)), 0)[3] == pytest.approx(
+        two_sided(0.05 / math.sqrt(7e-4 / 5))
+    )
 
 
 def test_the_interval_is_that_of_which_the_test_does_not_reject_a_difference():
@@ -55,7 +60,9 @@ def test_scikit_learns_published_comparison():
     """Its page prints, for 10 times 10-fold cross-validation on 100 points, t and a one-sided p; uncorrected 2.611 and 0.005."""
     x, y = make_moons(noise=0.352, random_state=1, n_samples=100)
     folds = RepeatedStratifiedKFold(n_splits=10, n_repeats=10, random_state=0)
-    rbf, linear = (cross_val_score(SVC(kernel=kernel), x, y, scoring="roc_auc", cv=folds) for kernel in ("rbf", "linear"))
+    rbf, linear = (
+        cross_val_score(SVC(kernel=kernel), x, y, scoring="roc_auc", cv=folds) for kernel in ("rbf", "linear")
+    )
     for ratio, published in ((10 / 90, (0.750, 0.227)), (0, (2.611, 0.005))):
         mean, _, _, p, error = evaluate.corrected_t_test(rbf - linear, ratio)
         assert (round(float(mean / error), 3), round(float(p) / 2, 3)) == published
@@ -78,7 +85,10 @@ def false_alarms(correlations, repetitions=20000, k=5, ratio=float(RATIO), seed=
     for correlation in correlations:
         shared, own = rng.normal(size=(repetitions, 1)), rng.normal(size=(repetitions, k))
         differences = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
-        corrected, plain = evaluate.corrected_t_test(differences, ratio)[3], stats.ttest_1samp(differences, 0, axis=1).pvalue
+        corrected, plain = (
+            evaluate.corrected_t_test(differences, ratio)[3],
+            stats.ttest_1samp(differences, 0, axis=1).pvalue,
+        )
         rows.append((correlation, float((corrected < 0.05).mean()), float((plain < 0.05).mean())))
     return rows
 
@@ -96,7 +106,9 @@ def test_false_alarms_at_most_5_percent_up_to_a_correlation_of_a_fifth():
         print(f"{correlation:.1f} {corrected:.4f} {plain:.4f}")
         margin = 4 * math.sqrt(0.05 * 0.95 / 20000)
         assert corrected <= 0.05 + margin or correlation > 0.2
-        assert (plain > 0.05 + margin) == (correlation > 0), "the plain test keeps its level for independent folds alone"
+        assert (plain > 0.05 + margin) == (correlation > 0), (
+            "the plain test keeps its level for independent folds alone"
+        )
         for share, factor in ((corrected, 1 / 5 + float(RATIO)), (plain, 1 / 5)):
             exact = expected_alarms(correlation, factor)
             assert abs(share - exact) < 4 * math.sqrt(exact * (1 - exact) / 20000)
@@ -104,15 +116,26 @@ def test_false_alarms_at_most_5_percent_up_to_a_correlation_of_a_fifth():
 
 def test_false_alarms_are_5_percent_at_the_correlation_that_nadeau_and_bengio_assume():
     """Test images / (test images + images fitted on), of which the corrected variance is free of bias: neither more nor fewer."""
-    (_, corrected, _), = false_alarms([float(RATIO / (1 + RATIO))], repetitions=100000)
+    ((_, corrected, _),) = false_alarms([float(RATIO / (1 + RATIO))], repetitions=100000)
     assert abs(corrected - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 100000)
 
 
 # ---------------------------------------------------------------- Holm, Wilson
-@pytest.mark.parametrize("p, adjusted", [
-    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),          # times 4, 3, 2, 1 in ascending order: .02 .03 .06 .04, no falling back
-    ([0.5, 0.6], [1, 1]), ([0.02], [0.02]), ([], []), ([0.03, 0.03, 0.03], [0.09, 0.09, 0.09]),
-    ([0.02, np.nan, 0.04], [0.04, np.nan, 0.04]), ([np.nan], [np.nan])])
+@pytest.mark.parametrize(
+    "p, adjusted",
+    [
+        (
+            [0.01, 0.04, 0.03, 0.005],
+            [0.03, 0.06, 0.06, 0.02],
+        ),  # times 4, 3, 2, 1 in ascending order: .02 .03 .06 .04, no falling back
+        ([0.5, 0.6], [1, 1]),
+        ([0.02], [0.02]),
+        ([], []),
+        ([0.03, 0.03, 0.03], [0.09, 0.09, 0.09]),
+        ([0.02, np.nan, 0.04], [0.04, np.nan, 0.04]),
+        ([np.nan], [np.nan]),
+    ],
+)
 def test_holm_by_hand(p, adjusted):
     """A comparison that can't be tested doesn't count."""
     assert evaluate.holm(p) == pytest.approx(adjusted, nan_ok=True)
@@ -146,8 +169,15 @@ def test_wilsons_interval():
 
 # ---------------------------------------------------------------- comparisons.csv
 COUNTS = {"NGB": 60, "LYT": 45, "BLA": 80, "FGC": 12}
-NETWORKS = {("resnet152", "random"): 0.5, ("resnet152", "imagenet"): 0.75, ("resnet152", "cd"): 0.7, ("vit_l_32", "random"): 0.3,
-            ("vit_l_32", "imagenet"): 0.85, ("vit_l_32", "imagenet+cd"): 0.88, ("alexnet", "cd"): 0.6}
+NETWORKS = {
+    ("resnet152", "random"): 0.5,
+    ("resnet152", "imagenet"): 0.75,
+    ("resnet152", "cd"): 0.7,
+    ("vit_l_32", "random"): 0.3,
+    ("vit_l_32", "imagenet"): 0.85,
+    ("vit_l_32", "imagenet+cd"): 0.88,
+    ("alexnet", "cd"): 0.6,
+}
 BEST = ("vit_l_32", "imagenet+cd")
 
 
@@ -159,11 +189,17 @@ def study(tmp_path_factory):
     for fold in (0, 2):
         shutil.rmtree(runs / f"train/vit_l_32/random/fold{fold}")
         del answers[("vit_l_32", "random"), fold]
-    for fold in (1, 3, 4):                                  # all right but for as many images as the fold's number
+    for fold in (1, 3, 4):  # all right but for as many images as the fold's number
         rows = read_csv(runs / f"train/vit_l_32/random/fold{fold}/predictions.csv")
         labels = [row["label"] for row in rows]
         predictions = ["BLA"] * fold + labels[fold:]
-        write_predictions(runs, ("vit_l_32", "random"), fold, zip([row["path"] for row in rows], labels, predictions), list(COUNTS))
+        write_predictions(
+            runs,
+            ("vit_l_32", "random"),
+            fold,
+            zip([row["path"] for row in rows], labels, predictions),
+            list(COUNTS),
+        )
         answers[("vit_l_32", "random"), fold] = labels, predictions
     assert command("--runs", runs)[0] == 0
     return runs, answers, read_csv(runs / "results/comparisons.csv"), (runs / "results/table4.md").read_text()
@@ -176,7 +212,11 @@ def pair(row):
 
 def macro_f1(answers, run):
     """{fold: macro F1 by scikit-learn}; each fold tests all four classes."""
-    return {k: f1_score(*answers[run, k], average="macro", zero_division=0) for k in range(5) if (run, k) in answers}
+    return {
+        k: f1_score(*answers[run, k], average="macro", zero_division=0)
+        for k in range(5)
+        if (run, k) in answers
+    }
 
 
 def differences(answers, one, other):
@@ -195,10 +235,13 @@ def test_the_best_is_sought_among_the_rows_with_the_most_folds(study):
 
 
 def test_two_families_every_run_with_the_best_and_every_init_with_imagenet_of_its_model(study):
-    families = {family: [pair(row) for row in study[2] if row["family"] == family] for family in ("best", "imagenet")}
+    families = {
+        family: [pair(row) for row in study[2] if row["family"] == family] for family in ("best", "imagenet")
+    }
     assert sorted(families["best"]) == sorted((run, BEST) for run in NETWORKS if run != BEST)
-    assert sorted(families["imagenet"]) == sorted((run, (run[0], "imagenet")) for run in NETWORKS
-                                                  if run[1] != "imagenet" and run[0] != "alexnet")
+    assert sorted(families["imagenet"]) == sorted(
+        (run, (run[0], "imagenet")) for run in NETWORKS if run[1] != "imagenet" and run[0] != "alexnet"
+    )
     assert {row["family"] for row in study[2]} == set(families)
 
 
@@ -209,12 +252,14 @@ def test_macro_f1_is_compared_by_the_corrected_t_test_over_the_folds_of_both(stu
         each, images = differences(answers, *pair(row))
         k = len(each)
         assert int(row["folds"]) == k == (3 if ("vit_l_32", "random") in pair(row) else 5)
-        train = 197 - images / k                                # on average over the folds compared
+        train = 197 - images / k  # on average over the folds compared
         error = math.sqrt(each.var(ddof=1) * (1 / k + images / k / train))
         assert float(row["difference"]) == pytest.approx(each.mean(), rel=1e-4, abs=1e-6)
         assert float(row["p"]) == pytest.approx(2 * stats.t.sf(abs(each.mean()) / error, k - 1), rel=1e-4)
         half = stats.t.ppf(0.975, k - 1) * error
-        assert (float(row["low"]), float(row["high"])) == pytest.approx((each.mean() - half, each.mean() + half), rel=1e-3, abs=1e-5)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(
+            (each.mean() - half, each.mean() + half), rel=1e-3, abs=1e-5
+        )
 
 
 def test_holm_is_taken_over_the_pairs_of_each_family(study):
@@ -251,7 +296,9 @@ def test_table_5_gives_an_interval_of_the_recall_over_networks_and_images(study)
             half = stats.t.ppf(0.975, len(each) - 1) * each.std(ddof=1) * math.sqrt(1 / len(each) + ratio)
             expected = np.clip([each.mean() - half, each.mean() + half], 0, 1)
             if each.std():
-                assert (float(row["recall_low"]), float(row["recall_high"])) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+                assert (float(row["recall_low"]), float(row["recall_high"])) == pytest.approx(
+                    expected, rel=1e-4, abs=1e-6
+                )
             else:
                 assert (row["recall_low"], row["recall_high"]) == ("", "")
 
@@ -262,12 +309,23 @@ def test_a_class_that_some_folds_lack_leaves_table_4_and_the_test_agreed(tmp_pat
     for fold in range(3):
         labels = ["a"] * 20 + ["b"] * 20 + ["c"] * (fold != 1)
         for init, right in (("x", 0.6), ("y", 0.9)):
-            predictions = [label if rng.random() < (init == "x" if label == "c" else right) else rng.choice(list("ab")) for label in labels]
-            write_predictions(tmp_path, ("m", init), fold, [(f"{fold}-{i}", *pair) for i, pair in enumerate(zip(labels, predictions))], "abc")
+            predictions = [
+                label if rng.random() < (init == "x" if label == "c" else right) else rng.choice(list("ab"))
+                for label in labels
+            ]
+            write_predictions(
+                tmp_path,
+                ("m", init),
+                fold,
+                [(f"{fold}-{i}", *pair) for i, pair in enumerate(zip(labels, predictions))],
+                "abc",
+            )
     assert command("--runs", tmp_path)[0] == 0
     f1 = {row["init"]: float(row["f1_mean"]) for row in read_csv(tmp_path / "results/table4.csv")}
-    row, = read_csv(tmp_path / "results/comparisons.csv")
-    assert float(row["difference"]) == pytest.approx(f1[row["init"]] - f1[row["against_init"]], abs=3e-6) and row["init"] == min(f1, key=f1.get)
+    (row,) = read_csv(tmp_path / "results/comparisons.csv")
+    assert float(row["difference"]) == pytest.approx(
+        f1[row["init"]] - f1[row["against_init"]], abs=3e-6
+    ) and row["init"] == min(f1, key=f1.get)
 
 
 def test_rows_of_different_splits_are_named(tmp_path):
@@ -287,8 +345,14 @@ def test_rows_of_different_splits_are_named(tmp_path):
 def test_the_marks_of_table_4(study):
     """* the best, = not significantly different from it (p_holm >= 0.05), nothing if it is (and worse, as all here)."""
     p = {pair(row)[0]: float(row["p_holm"]) for row in study[2] if row["family"] == "best"}
-    names = {"ResNet-152": "resnet152", "ViT_l_32": "vit_l_32", "Random": "random", "ImageNet": "imagenet", "CD": "cd",
-             "ImageNet + CD": "imagenet+cd"}
+    names = {
+        "ResNet-152": "resnet152",
+        "ViT_l_32": "vit_l_32",
+        "Random": "random",
+        "ImageNet": "imagenet",
+        "CD": "cd",
+        "ImageNet + CD": "imagenet+cd",
+    }
     marks = {(names.get(cells[0], cells[0]), names[cells[1]]): cells[-1] for cells in cells_of(study[3])[2:]}
     assert marks == {run: "*" if run == BEST else "=" if p[run] >= 0.05 else "" for run in NETWORKS}
     assert set(marks.values()) == {"*", "=", ""}, "all kinds are in the study"
@@ -298,18 +362,30 @@ def test_the_sentences_below_table_4(study):
     """The range of smallest differences, and who differs from ImageNet of the same model, in numbers of comparisons.csv."""
     rows = {family: [row for row in study[2] if row["family"] == family] for family in ("best", "imagenet")}
     needed = sorted(float(row["smallest_difference"]) for row in rows["best"])
-    assert f"difference from the best of {needed[0]:.3f} to {needed[-1]:.3f}" in study[3] and "Holm over 6 rows" in study[3]
-    line = next(line for line in study[3].splitlines() if line.startswith("- Significantly different from ImageNet"))
-    different = [f"{float(row['difference']):+.3f}" for row in rows["imagenet"] if float(row["p_holm"]) < 0.05]
+    assert (
+        f"difference from the best of {needed[0]:.3f} to {needed[-1]:.3f}" in study[3]
+        and "Holm over 6 rows" in study[3]
+    )
+    line = next(
+        line for line in study[3].splitlines() if line.startswith("- Significantly different from ImageNet")
+    )
+    different = [
+        f"{float(row['difference']):+.3f}" for row in rows["imagenet"] if float(row["p_holm"]) < 0.05
+    ]
     assert 0 < len(different) < 4 and "Holm over 4" in line
-    assert line.count("+0.") + line.count("-0.") == len(different) and all(value in line for value in different)
+    assert line.count("+0.") + line.count("-0.") == len(different) and all(
+        value in line for value in different
+    )
 
 
 def two_networks(folder, accuracies, images=20):
     """Runs m a and m b of two classes in as many folds as there are pairs of images right of class a; class b is always right."""
     for fold, pair_of in enumerate(accuracies):
         for init, right in zip(("a", "b"), pair_of):
-            rows = [(f"{fold}-{i}", "a" if i < images else "b", "a" if i < right else "b") for i in range(2 * images)]
+            rows = [
+                (f"{fold}-{i}", "a" if i < images else "b", "a" if i < right else "b")
+                for i in range(2 * images)
+            ]
             write_predictions(folder, ("m", init), fold, rows, "ab")
     status, _, err = command("--runs", folder)
     assert (status, err) == (0, "")
@@ -329,9 +405,13 @@ def test_a_better_row_of_fewer_folds_is_marked_so(tmp_path):
 def test_zero_variance_gives_an_empty_p(tmp_path, accuracies):
     """The same difference in every fold, or a single fold: no p, no interval, and a question mark in Table 4."""
     rows, markdown = two_networks(tmp_path, accuracies)
-    macro, = rows
+    (macro,) = rows
     assert [macro[key] for key in ("low", "high", "p", "p_holm", "smallest_difference")] == [""] * 5
-    assert float(macro["difference"]) == pytest.approx(0, abs=1e-9) if accuracies[0] == (15, 15) else float(macro["difference"]) < 0
+    assert (
+        float(macro["difference"]) == pytest.approx(0, abs=1e-9)
+        if accuracies[0] == (15, 15)
+        else float(macro["difference"]) < 0
+    )
     assert sorted(cells[-1] for cells in cells_of(markdown)[2:]) == ["*", "?"]
     assert "nan" not in markdown and "nan" not in (tmp_path / "results/comparisons.csv").read_text()
 
@@ -339,7 +419,7 @@ def test_zero_variance_gives_an_empty_p(tmp_path, accuracies):
 def test_without_a_split_the_ratio_of_test_to_training_images_is_the_papers(tmp_path):
     accuracies = [(15, 10), (14, 12), (17, 11), (13, 9), (16, 15)]
     rows, _ = two_networks(tmp_path, accuracies)
-    macro, = rows
+    (macro,) = rows
     f1 = [[macro_f1_by_hand(right) for right in pair_of] for pair_of in accuracies]
     each = np.diff(f1, axis=1)[:, 0]
     error = math.sqrt(each.var(ddof=1) * (1 / 5 + 0.20 / 0.64))

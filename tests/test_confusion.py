@@ -3,6 +3,7 @@
 Truth comes from scikit-learn's confusion_matrix(normalize="true"), from counts by hand, from Pillow, which opens the
 picture, from matplotlib's own boxes around each text, and from the contrast that WCAG 2.1 asks of text.
 """
+
 import csv
 import io
 import random
@@ -20,7 +21,19 @@ from test_metrics import command, read_csv, simulate, write_predictions
 import evaluate
 
 BM = {row["class"]: int(row["images"]) for row in read_csv(ROOT / "paper/table5.csv")}
-CD = ["actinomyces", "agc", "asch", "ascus", "candida", "flora", "herps", "hsil", "lsil", "scc", "trichomonas"]
+CD = [
+    "actinomyces",
+    "agc",
+    "asch",
+    "ascus",
+    "candida",
+    "flora",
+    "herps",
+    "hsil",
+    "lsil",
+    "scc",
+    "trichomonas",
+]
 TITLE = "Regnet_y_32gf, ImageNet + CD (mean of 5 folds)"
 
 
@@ -30,17 +43,25 @@ def confusion_of(file):
     with open(file, encoding="utf-8", newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header[0] == "class"
-    return header[1:], [row[0] for row in rows], np.array([[float(cell or "nan") for cell in row[1:]] for row in rows])
+    return (
+        header[1:],
+        [row[0] for row in rows],
+        np.array([[float(cell or "nan") for cell in row[1:]] for row in rows]),
+    )
 
 
 def test_the_mean_of_folds_by_hand(tmp_path):
     """Of a's images fold 0 has the only one right, fold 1 one of three: 2/3 by the mean of folds, 1/2 if they were pooled."""
     write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "a"), ("3", "b", "b")], "ab")
-    write_predictions(tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "a", "b"), ("7", "b", "b")], "ab")
+    write_predictions(
+        tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "a", "b"), ("7", "b", "b")], "ab"
+    )
     assert command("--runs", tmp_path)[0] == 0
     header, rows, matrix = confusion_of(tmp_path / "results/confusion_m_i.csv")
     assert header == rows == ["a", "b"]
-    assert matrix == pytest.approx(np.array([[2 / 3, 1 / 3], [1 / 4, 3 / 4]]), rel=1e-5), "rows are the true classes"
+    assert matrix == pytest.approx(np.array([[2 / 3, 1 / 3], [1 / 4, 3 / 4]]), rel=1e-5), (
+        "rows are the true classes"
+    )
 
 
 def test_a_class_is_averaged_over_the_folds_that_hold_it(tmp_path):
@@ -55,18 +76,26 @@ def test_a_class_is_averaged_over_the_folds_that_hold_it(tmp_path):
 def test_the_matrix_agrees_with_scikit_learn_in_the_papers_order(tmp_path):
     """All 21 classes, given in another order; the rarest with 8 images, so that every fold tests each."""
     names = random.Random(1).sample(list(BM), 21)
-    answers = simulate(tmp_path, {name: 8 + i for i, name in enumerate(names)}, {("vit_l_32", "cd"): 0.6}, folds=4)
+    answers = simulate(
+        tmp_path, {name: 8 + i for i, name in enumerate(names)}, {("vit_l_32", "cd"): 0.6}, folds=4
+    )
     assert command("--runs", tmp_path, pictures=True)[0] == 0
     header, rows, matrix = confusion_of(tmp_path / "results/confusion_vit_l_32_cd.csv")
     assert header == rows == list(BM)
     assert np.abs(matrix.sum(1) - 1).max() < 1e-4 < np.abs(matrix.sum(0) - 1).max()
-    theirs = np.mean([confusion_matrix(*answer, labels=list(BM), normalize="true") for answer in answers.values()], axis=0)
+    theirs = np.mean(
+        [confusion_matrix(*answer, labels=list(BM), normalize="true") for answer in answers.values()], axis=0
+    )
     assert np.abs(matrix - theirs).max() < 1e-6
     recall = [float(row["recall_mean"]) for row in read_csv(tmp_path / "results/table5_vit_l_32_cd.csv")]
     assert np.diag(matrix) == pytest.approx(recall, rel=1e-4), "its diagonal is Table 5's recall"
     with Image.open(tmp_path / "results/confusion_vit_l_32_cd.png") as picture:
         picture.load()
-        assert picture.format == "PNG" and picture.width > 1200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+        assert (
+            picture.format == "PNG"
+            and picture.width > 1200
+            and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+        )
 
 
 # ---------------------------------------------------------------- the picture
@@ -82,9 +111,11 @@ def plausible(recalls, seed=0):
 def draw(matrix, images, classes, title=TITLE):
     """(figure, matrix' axes, counts' axes, PNG bytes) of evaluate.draw_confusion."""
     figures = []
-    with mock.patch.object(evaluate, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1]):
+    with mock.patch.object(
+        evaluate, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1]
+    ):
         png = evaluate.draw_confusion(matrix, np.array(images), classes, title)
-    figure, = figures
+    (figure,) = figures
     FigureCanvasAgg(figure).draw()
     return figure, *figure.axes, png
 
@@ -98,21 +129,30 @@ def fig4():
 
 def drawn_texts(figure):
     """[(text, its box in pixels)] of everything that is written, without the ticks beyond an axis' ends."""
-    renderer, texts = figure.canvas.get_renderer(), list(figure.texts)          # the title is among these
+    renderer, texts = figure.canvas.get_renderer(), list(figure.texts)  # the title is among these
     for axes in figure.axes:
         texts += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            texts += [tick.label1 for tick in axis.get_major_ticks() + axis.get_minor_ticks()
-                      if tick.label1.get_visible() and low <= tick.get_loc() <= high]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_visible() and text.get_text()]
+            texts += [
+                tick.label1
+                for tick in axis.get_major_ticks() + axis.get_minor_ticks()
+                if tick.label1.get_visible() and low <= tick.get_loc() <= high
+            ]
+    return [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in texts
+        if text.get_visible() and text.get_text()
+    ]
 
 
 def test_each_number_stands_in_its_cell(fig4):
     """True classes downwards, predicted ones to the right; what rounds to 0.00 is left blank."""
     matrix, _, cells, _, _ = fig4
     written = {tuple(text.get_position()): text.get_text() for text in cells.texts}
-    assert written == {(j, i): f"{matrix[i, j]:.2f}" for i in range(21) for j in range(21) if matrix[i, j] >= 0.005}
+    assert written == {
+        (j, i): f"{matrix[i, j]:.2f}" for i in range(21) for j in range(21) if matrix[i, j] >= 0.005
+    }
     assert cells.get_xlabel() == "Predicted class" and cells.get_ylabel() == "True class"
     left, right, bottom, top = *cells.get_xlim(), *cells.get_ylim()
     assert left < right and bottom > top, "the first class is above and on the left"
@@ -123,27 +163,41 @@ def test_each_number_stands_in_its_cell(fig4):
 
 def test_the_numbers_of_images_stand_beside_the_rows_on_a_log_scale(fig4):
     _, _, cells, bars, _ = fig4
-    assert bars.get_xscale() == "log" and bars.get_yscale() == "linear" and bars.get_ylim() == cells.get_ylim()
+    assert (
+        bars.get_xscale() == "log" and bars.get_yscale() == "linear" and bars.get_ylim() == cells.get_ylim()
+    )
     assert [bar.get_width() for bar in bars.patches] == list(BM.values())
     assert [bar.get_y() + bar.get_height() / 2 for bar in bars.patches] == pytest.approx(range(21))
     low, high = bars.get_xlim()
-    assert low < 1 and max(BM.values()) < high, "a class of one image has a bar, and the largest class is not cut"
+    assert low < 1 and max(BM.values()) < high, (
+        "a class of one image has a bar, and the largest class is not cut"
+    )
 
 
 def test_nothing_overlaps_at_21_classes_and_nothing_is_cut_off(fig4):
     _, figure, _, _, png = fig4
     texts = drawn_texts(figure)
-    assert {*BM, "Predicted class", "True class", "Images", TITLE} <= {text for text, _ in texts} and len(texts) > 100
+    assert {*BM, "Predicted class", "True class", "Images", TITLE} <= {text for text, _ in texts} and len(
+        texts
+    ) > 100
     assert_legible(figure, texts)
     with Image.open(io.BytesIO(png)) as picture:
-        assert picture.size == tuple(np.floor(figure.get_size_inches() * picture.info["dpi"][0] + 0.01)), "as it was laid out"
+        assert picture.size == tuple(np.floor(figure.get_size_inches() * picture.info["dpi"][0] + 0.01)), (
+            "as it was laid out"
+        )
         assert picture.width < 2000, "for a page"
 
 
 def assert_legible(figure, texts):
     """No two texts overlap and none reaches beyond the picture."""
-    overlapping = [(a, b) for i, (a, box) in enumerate(texts) for b, other in texts[:i] if box.overlaps(other)]
-    cut = [text for text, box in texts if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.width or box.y1 > figure.bbox.height]
+    overlapping = [
+        (a, b) for i, (a, box) in enumerate(texts) for b, other in texts[:i] if box.overlaps(other)
+    ]
+    cut = [
+        text
+        for text, box in texts
+        if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.width or box.y1 > figure.bbox.height
+    ]
     assert not overlapping and not cut
 
 
@@ -155,8 +209,16 @@ def test_numbers_stay_within_their_cells(fig4):
         assert x0 < box.x0 and box.x1 < x1 and y0 < box.y0 and box.y1 < y1
 
 
-@pytest.mark.parametrize("classes", [["asch", "hsil"], CD, [f"a long name, number {i}" for i in range(5)],
-                                     pytest.param([*BM, *(name.lower() for name in BM)], marks=pytest.mark.long)], ids=["2", "11", "long", "42"])
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["asch", "hsil"],
+        CD,
+        [f"a long name, number {i}" for i in range(5)],
+        pytest.param([*BM, *(name.lower() for name in BM)], marks=pytest.mark.long),
+    ],
+    ids=["2", "11", "long", "42"],
+)
 def test_data_sets_of_other_sizes_are_legible_too(classes):
     images = np.geomspace(1, 40000, len(classes)).round().astype(int)
     figure, *_ = draw(plausible([0.8] * len(classes)), images, classes)
@@ -176,15 +238,25 @@ def test_numbers_stand_out_from_their_cells():
     picture = cells.images[0]
     for text in cells.texts:
         j, i = text.get_position()
-        ink, ground = ({"black": 0.0, "white": 1.0}[text.get_color()], luminance(picture.cmap(picture.norm(matrix[i, j]))))
+        ink, ground = (
+            {"black": 0.0, "white": 1.0}[text.get_color()],
+            luminance(picture.cmap(picture.norm(matrix[i, j]))),
+        )
         assert (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5, text.get_text()
 
 
 def test_names_that_matplotlib_would_read_as_formulas_or_lines_are_written_as_they_are():
     names = ["$x_1$", "new\nline", "50% \\alpha", "bytes\udcff"]
     figure, cells, _, _ = draw(plausible([0.8] * 4), [3, 40, 0, 9], names, title="$a$, random")
-    assert [label.get_text() for label in cells.get_yticklabels()] == ["$x_1$", "new\\nline", "50% \\\\alpha", "bytes\\udcff"]
-    assert not any(text.get_parse_math() for text in (*figure.texts, *cells.get_xticklabels(), *cells.get_yticklabels()))
+    assert [label.get_text() for label in cells.get_yticklabels()] == [
+        "$x_1$",
+        "new\\nline",
+        "50% \\\\alpha",
+        "bytes\\udcff",
+    ]
+    assert not any(
+        text.get_parse_math() for text in (*figure.texts, *cells.get_xticklabels(), *cells.get_yticklabels())
+    )
 
 
 def test_a_class_without_images_has_an_empty_row():

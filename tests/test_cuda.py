@@ -1,4 +1,5 @@
 """A self-test of one's own GPU: python -m pytest -m cuda. Each fact is what a night of training relies on."""
+
 import copy
 import itertools
 import json
@@ -15,7 +16,12 @@ import train
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 CUDA = torch.device("cuda")
 PAPER = ("vgg19_bn", "resnet152", "regnet_y_32gf", "vit_l_32")
-SMALLER = ("vgg11_bn", "resnet18", "regnet_y_400mf", "vit_b_32")  # of the same families: these compile in seconds
+SMALLER = (
+    "vgg11_bn",
+    "resnet18",
+    "regnet_y_400mf",
+    "vit_b_32",
+)  # of the same families: these compile in seconds
 SETTINGS = {"mean": (0.56, 0.50, 0.74), "std": (0.24, 0.28, 0.18), "image_size": 64, "device": CUDA}
 
 
@@ -26,7 +32,9 @@ def cells():
     images[:24, ..., 0] += 100
     images[24:, ..., 2] += 100
     pictures = {str(i): image for i, image in enumerate(images)}
-    return datasets.Cells(".", "mine", ["A", "B"], list(pictures), np.arange(48) >= 24, read=pictures.__getitem__)
+    return datasets.Cells(
+        ".", "mine", ["A", "B"], list(pictures), np.arange(48) >= 24, read=pictures.__getitem__
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +106,7 @@ def test_the_papers_networks_take_steps(name, amp):
 def test_compiled_losses_are_the_eager_ones(name):
     """Without breaks of the graph, and with CUDA graphs, which speed needs."""
     from torch._dynamo.utils import counters
+
     found = []
     for compiled in (False, True):
         torch.compiler.reset()
@@ -115,20 +124,28 @@ def test_compiled_losses_are_the_eager_ones(name):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_killed_and_resumed_it_has_the_same_schedule(cells, tmp_path, amp):
     """A failure in epoch 3 of 5: rates are equal and losses close, since CUDA's sums have no fixed order."""
+
     def fitted(folder, fail=None):
         train.seed_all(train.WEIGHTS, 0, 0)
         net, epoch = models.build_model("resnet18", 2, image_size=64), itertools.count(1)
         if fail:
+
             def stop(module, inputs):
                 if module.training and next(epoch) > 6 * fail:
                     raise InterruptedError
+
             net.register_forward_pre_hook(stop)
-        return train.fit(folder, net, cells, cells, lr=0.01, epochs=5, batch_size=8, amp=amp, schedule="cosine", **SETTINGS)
+        return train.fit(
+            folder, net, cells, cells, lr=0.01, epochs=5, batch_size=8, amp=amp, schedule="cosine", **SETTINGS
+        )
+
     with pytest.raises(InterruptedError):
         fitted(tmp_path / "killed", fail=2)
     killed, whole = fitted(tmp_path / "killed"), fitted(tmp_path / "whole")
     assert [row["lr"] for row in killed] == [row["lr"] for row in whole] and len(killed) == 5
-    assert [row["train_loss"] for row in killed] == pytest.approx([row["train_loss"] for row in whole], rel=0.2, abs=0.05)
+    assert [row["train_loss"] for row in killed] == pytest.approx(
+        [row["train_loss"] for row in whole], rel=0.2, abs=0.05
+    )
 
 
 def test_out_of_memory_is_one_line():
@@ -141,12 +158,20 @@ def test_out_of_memory_is_one_line():
 def test_range_test_and_trial_leave_no_memory_behind(cells, tmp_path):
     """Neither allocated nor reserved, so that other jobs of the GPU have it."""
     one = torch.ones(64, 64, device=CUDA, requires_grad=True)
-    (one @ one).sum().backward()                            # cuBLAS takes a workspace for each of the two threads
+    (one @ one).sum().backward()  # cuBLAS takes a workspace for each of the two threads
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     options = SETTINGS | {"batch_size": 8, "seed": 0, "crop": True, "workers": 0, "amp": "bf16"}
-    train.find_lr(tmp_path, lambda seed: models.build_model("resnet18", 2, image_size=64), cells, cells,
-                  memory_format="channels_last", optimizer="sgd", epochs=500, **options)
+    train.find_lr(
+        tmp_path,
+        lambda seed: models.build_model("resnet18", 2, image_size=64),
+        cells,
+        cells,
+        memory_format="channels_last",
+        optimizer="sgd",
+        epochs=500,
+        **options,
+    )
     assert json.loads((tmp_path / "measured.json").read_text())["candidates"]
     after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     assert after[0] <= before[0] + 2**25 and after[1] <= before[1] + 2**26  # cuBLAS keeps a workspace
@@ -173,15 +198,21 @@ def test_logits_are_those_of_the_cpu(cells):
 
 def test_a_run_on_the_cpu_does_not_touch_cuda(run, tmp_path):
     """Where another user's jobs fill the GPU, --device cpu works all the same: no context is made."""
-    code = ("import sys, numpy as np, torch, datasets, train\n"
-            "images = np.zeros((8, 32, 32, 3), np.uint8)\n"
-            "cells = datasets.Cells('.', 'mine', ['A', 'B'], list('01234567'), np.arange(8) % 2, read=lambda i: images[int(i)])\n"
-            "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
-            "train.fit(sys.argv[1], net, cells, cells, lr=0.1, epochs=1, image_size=32, mean=[0] * 3, std=[1] * 3,\n"
-            "          device=train.choose_device('cpu'))\n"
-            "sys.exit(torch.cuda.is_initialized())\n")
+    code = (
+        "import sys, numpy as np, torch, datasets, train\n"
+        "images = np.zeros((8, 32, 32, 3), np.uint8)\n"
+        "cells = datasets.Cells('.', 'mine', ['A', 'B'], list('01234567'), np.arange(8) % 2, read=lambda i: images[int(i)])\n"
+        "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
+        "train.fit(sys.argv[1], net, cells, cells, lr=0.1, epochs=1, image_size=32, mean=[0] * 3, std=[1] * 3,\n"
+        "          device=train.choose_device('cpu'))\n"
+        "sys.exit(torch.cuda.is_initialized())\n"
+    )
     (tmp_path / "code.py").write_text(code)
-    done = run(tmp_path / "code.py", tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(train.pathlib.Path(train.__file__).parent)})
+    done = run(
+        tmp_path / "code.py",
+        tmp_path,
+        env={**__import__("os").environ, "PYTHONPATH": str(train.pathlib.Path(train.__file__).parent)},
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -191,8 +222,17 @@ def test_a_second_gpu_is_used_alone(cells, tmp_path):
     before = torch.cuda.memory_allocated(0)
     device = train.choose_device("cuda:1")
     try:
-        train.fit(tmp_path, models.build_model("resnet18", 2, image_size=64), cells, cells, lr=0.01, epochs=1,
-                  batch_size=8, amp="bf16", **SETTINGS | {"device": device})
+        train.fit(
+            tmp_path,
+            models.build_model("resnet18", 2, image_size=64),
+            cells,
+            cells,
+            lr=0.01,
+            epochs=1,
+            batch_size=8,
+            amp="bf16",
+            **SETTINGS | {"device": device},
+        )
     finally:
         torch.cuda.set_device(0)
     assert torch.cuda.memory_allocated(0) == before and torch.cuda.max_memory_allocated(1) > 0

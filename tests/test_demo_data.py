@@ -1,4 +1,5 @@
 """The synthetic cells have the formats of the real data sets, show what they claim to, and are the same every time."""
+
 import csv
 import json
 import re
@@ -17,7 +18,19 @@ import demo_data
 ROOT = Path(__file__).resolve().parents[1]
 with open(ROOT / "paper" / "table5.csv", newline="") as table:
     TABLE5 = [row["class"] for row in csv.DictReader(table)]
-CD_CLASSES = {"ascus", "asch", "lsil", "hsil", "scc", "agc", "trichomonas", "candida", "flora", "herps", "actinomyces"}
+CD_CLASSES = {
+    "ascus",
+    "asch",
+    "lsil",
+    "hsil",
+    "scc",
+    "agc",
+    "trichomonas",
+    "candida",
+    "flora",
+    "herps",
+    "actinomyces",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +45,9 @@ def drawn():
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def coco(cells):
@@ -63,7 +78,7 @@ def test_the_demo_has_the_long_tail_of_table_5():
     with open(ROOT / "paper" / "table5.csv", newline="") as table:
         real = [int(row["images"]) for row in csv.DictReader(table)]
     ranks = np.argsort(np.argsort(real)), np.argsort(np.argsort(list(counts.values())))
-    assert np.corrcoef(*ranks)[0, 1] > 0.9      # common classes are common here too (Spearman)
+    assert np.corrcoef(*ranks)[0, 1] > 0.9  # common classes are common here too (Spearman)
     assert max(counts.values()) >= 10 * counts["ABE"]
 
 
@@ -99,9 +114,14 @@ def test_a_cd_box_fits_its_cell(cells):
             rgb = np.asarray(image, np.float32)
         distance = np.abs(rgb - np.median(rgb, (0, 1))).mean(2)
         for x, y, w, h in (box["bbox"] for box in content["annotations"] if box["image_id"] == entry["id"]):
-            if min(w, h) > 1 and min(x, y) > 12 and x + w < entry["width"] - 12 and y + h < entry["height"] - 12:
+            if (
+                min(w, h) > 1
+                and min(x, y) > 12
+                and x + w < entry["width"] - 12
+                and y + h < entry["height"] - 12
+            ):
                 inner, outer = np.zeros(distance.shape, bool), np.zeros(distance.shape, bool)
-                inner[y:y + h, x:x + w], outer[y - 8:y + h + 8, x - 8:x + w + 8] = True, True
+                inner[y : y + h, x : x + w], outer[y - 8 : y + h + 8, x - 8 : x + w + 8] = True, True
                 within.append(distance[inner].mean())
                 around.append(distance[outer & ~inner].mean())
     assert len(within) > 30
@@ -122,7 +142,7 @@ def test_pcam_is_the_published_hdf5_with_the_label_of_the_middle(cells):
         assert np.array_equal(middle, y.ravel() == 1)
         outside = np.stack(tumours)
         outside[:, 32:64, 32:64] = False
-        assert outside[y.ravel() == 0].any((1, 2)).mean() > 0.3     # tumour around the middle says nothing
+        assert outside[y.ravel() == 0].any((1, 2)).mean() > 0.3  # tumour around the middle says nothing
 
 
 def test_pcam_nuclei_can_be_seen_where_the_mask_says():
@@ -131,7 +151,7 @@ def test_pcam_nuclei_can_be_seen_where_the_mask_says():
         rgb, tumour = demo_data.draw_patch(0, "train", number)
         if 0.1 < tumour.mean() < 0.9:
             gaps.append(rgb[~tumour][:, 0].mean() - rgb[tumour][:, 0].mean())
-    assert len(gaps) > 15 and min(gaps) > 10        # chromatin takes up the red light
+    assert len(gaps) > 15 and min(gaps) > 10  # chromatin takes up the red light
 
 
 def test_every_mask_lies_in_the_picture_and_shows_less_than_half_of_it(drawn):
@@ -146,11 +166,11 @@ def test_what_decides_the_class_has_its_colour(drawn):
     for code in ("FGC", "EOS", "BAS", "EBO"):
         for rgb, mask in drawn[code]:
             red, green, blue = rgb[mask].mean(0)
-            if code == "FGC":       # crimson rods
+            if code == "FGC":  # crimson rods
                 assert red > green + 40 and red > blue
-            elif code == "EOS":     # red-orange granules
+            elif code == "EOS":  # red-orange granules
                 assert red > green + 40 > blue + 40
-            else:                   # dark granules, dense nucleus: much darker than plasma and red cells
+            else:  # dark granules, dense nucleus: much darker than plasma and red cells
                 assert rgb[mask].mean() < 0.6 * np.median(rgb)
 
 
@@ -163,7 +183,8 @@ def test_rare_look_alikes_differ_in_what_defines_them(drawn):
 def test_hairs_make_a_long_outline(drawn):
     def roughness(mask):
         edge = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
-        return edge ** 2 / mask.sum()
+        return edge**2 / mask.sum()
+
     smooth = max(roughness(mask) for code in ("PEB", "PLM") for _, mask in drawn[code])
     assert min(roughness(mask) for _, mask in drawn["HAC"]) > 3 * smooth
 
@@ -181,17 +202,17 @@ def test_the_mask_follows_the_size():
 def test_neighbours_share_a_piece_of_their_field_pixel_for_pixel(pair):
     one, two = demo_data.draw_field(*pair.split(), seed=0, number=1)
     assert one.shape == two.shape == (250, 250, 3)
-    starts = {one[y, x:x + 24].tobytes(): (x, y) for y in range(250) for x in range(226)}
+    starts = {one[y, x : x + 24].tobytes(): (x, y) for y in range(250) for x in range(226)}
     shifts = Counter()
     for y in range(250):
         for x in range(226):
-            if (found := starts.get(two[y, x:x + 24].tobytes())):
+            if found := starts.get(two[y, x : x + 24].tobytes()):
                 shifts[found[0] - x, found[1] - y] += 1
     (dx, dy), _ = shifts.most_common(1)[0]
     width, height = 250 - abs(dx), 250 - abs(dy)
-    ours = one[max(dy, 0):max(dy, 0) + height, max(dx, 0):max(dx, 0) + width]
-    theirs = two[max(-dy, 0):max(-dy, 0) + height, max(-dx, 0):max(-dx, 0) + width]
-    assert np.array_equal(ours, theirs) and 0.15 < width * height / 250 ** 2 < 0.65
+    ours = one[max(dy, 0) : max(dy, 0) + height, max(dx, 0) : max(dx, 0) + width]
+    theirs = two[max(-dy, 0) : max(-dy, 0) + height, max(-dx, 0) : max(-dx, 0) + width]
+    assert np.array_equal(ours, theirs) and 0.15 < width * height / 250**2 < 0.65
 
 
 def test_the_demo_has_32_pairs_of_neighbours_and_as_many_images_as_before(tmp_path, monkeypatch):
@@ -201,7 +222,9 @@ def test_the_demo_has_32_pairs_of_neighbours_and_as_many_images_as_before(tmp_pa
     demo_data.write_bm(tmp_path, "demo", 0)
     counts = Counter(file.stem[:3] for file in tmp_path.rglob("*.jpg"))
     assert counts == demo_data.bm_counts("demo") and len(set(fields)) == 32
-    assert sum(first != second for first, second, *_ in fields) >= 16  # across classes, as half of the real ones
+    assert (
+        sum(first != second for first, second, *_ in fields) >= 16
+    )  # across classes, as half of the real ones
 
 
 def test_a_picture_depends_on_its_key_alone(cells, tmp_path):
@@ -215,7 +238,7 @@ def test_a_picture_depends_on_its_key_alone(cells, tmp_path):
     assert not np.array_equal(demo_data.draw_cell("MON", 3, 7)[0], demo_data.draw_cell("MON", 3, 8)[0])
     with Image.open(cells / "bm" / "BM_cytomorphology_data" / "MON" / "0001-1000" / "MON_00007.jpg") as image:
         written = np.asarray(image, np.float32)
-    assert np.abs(written - demo_data.draw_cell("MON", 3, 7)[0]).mean() < 4     # but for JPEG
+    assert np.abs(written - demo_data.draw_cell("MON", 3, 7)[0]).mean() < 4  # but for JPEG
 
 
 def test_a_second_call_leaves_what_is_there_and_mends_what_is_not(tmp_path):
@@ -234,11 +257,17 @@ def test_a_second_call_leaves_what_is_there_and_mends_what_is_not(tmp_path):
 def test_the_command_line_starts_without_torch_and_spares_other_peoples_files(tmp_path):
     (tmp_path / "bm").mkdir()
     (tmp_path / "bm" / "mine.txt").write_text("precious")
-    script = "import sys, runpy; sys.argv = ['demo_data.py', *sys.argv[1:]]\n" \
-             "try: runpy.run_path('tests/demo_data.py', run_name='__main__')\n" \
-             "finally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, "--out", str(tmp_path), "--size", "tiny"], cwd=ROOT,
-                          capture_output=True, text=True)
+    script = (
+        "import sys, runpy; sys.argv = ['demo_data.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('tests/demo_data.py', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--out", str(tmp_path), "--size", "tiny"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and done.stdout.split() == ["False"]
     assert len(done.stderr.strip().splitlines()) == 1 and "--out" in done.stderr
     assert contents(tmp_path) == {"bm/mine.txt": b"precious"}

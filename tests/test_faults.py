@@ -4,6 +4,7 @@ A run that was killed anywhere, however often, must end with the bits of one tha
 the scripts is replaced: where a kill or a full disk has to hit one certain moment, the operating system's own call does
 the harm. Each script is a process of its own, forked from one that has imported PyTorch, since an import takes seconds.
 """
+
 import csv
 import itertools
 import json
@@ -111,10 +112,18 @@ class Starter:
     """Starts scripts of the repository in processes of their own, each the leader of a session of its own."""
 
     def __init__(self, folder):
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", GIT_CEILING_DIRECTORIES="/")
+        environment = dict(
+            os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", GIT_CEILING_DIRECTORIES="/"
+        )
         self.folder, self.number = folder, 0
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=environment)
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
     def ask(self, **question):
         self.server.stdin.write(json.dumps(question) + "\n")
@@ -126,7 +135,9 @@ class Starter:
         output = self.folder / str(self.number)
         for end in (".out", ".err"):
             output.with_name(output.name + end).touch()
-        return Script(self, output, self.ask(argv=[script, *map(str, argv)], output=str(output), before=before))
+        return Script(
+            self, output, self.ask(argv=[script, *map(str, argv)], output=str(output), before=before)
+        )
 
     def run(self, script, *argv, before=""):
         """Start and wait; the ended Script."""
@@ -215,7 +226,21 @@ def cells(demo, tmp_path_factory):
 
 def command(cells, runs, *more, model="squeezenet1_1"):
     """train.py's arguments for fold 0."""
-    return ["train.py", "--model", model, "--init", "random", "--fold", 0, "--data", cells, "--runs", runs, *OPTIONS, *more]
+    return [
+        "train.py",
+        "--model",
+        model,
+        "--init",
+        "random",
+        "--fold",
+        0,
+        "--data",
+        cells,
+        "--runs",
+        runs,
+        *OPTIONS,
+        *more,
+    ]
 
 
 def fold_of(runs, model="squeezenet1_1"):
@@ -233,6 +258,7 @@ def undisturbed(starter, cells, tmp_path_factory):
             done = starter.run(*command(cells, runs, *more, model=model))
             assert done.status == 0, done.err
         return made[model, *more]
+
     return make
 
 
@@ -241,7 +267,10 @@ def log(folder):
     if not (folder / "log.csv").exists():
         return []
     with open(folder / "log.csv", newline="") as handle:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(handle)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in csv.DictReader(handle)
+        ]
 
 
 def assert_same(runs, reference, model="squeezenet1_1"):
@@ -254,7 +283,9 @@ def assert_same(runs, reference, model="squeezenet1_1"):
     a, b = (torch.load(folder / "best.pt", weights_only=True) for folder in (ours, theirs))
     assert a["state_dict"].keys() == b["state_dict"].keys()
     assert all(torch.equal(tensor, b["state_dict"][key]) for key, tensor in a["state_dict"].items())
-    assert {k: v for k, v in a.items() if k != "state_dict"} == {k: v for k, v in b.items() if k != "state_dict"}
+    assert {k: v for k, v in a.items() if k != "state_dict"} == {
+        k: v for k, v in b.items() if k != "state_dict"
+    }
 
 
 def one_line(script, *parts):
@@ -273,7 +304,9 @@ def test_a_run_is_the_same_from_a_fresh_interpreter(run, cells, undisturbed, tmp
     """The processes that these tests fork behave as `python train.py` does, which is killed here once as well."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     arguments = [sys.executable, *map(str, command(cells, tmp_path))]
-    with subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as killed:
         until(lambda: len(log(fold_of(tmp_path))) >= 1 or killed.poll() is not None)
         killed.kill()
     done = run(*command(cells, tmp_path), cwd=ROOT, env=environment)
@@ -290,10 +323,12 @@ def test_killed_in_epochs_validation_and_prediction(starter, cells, undisturbed,
     epoch, val, test = -(-config["train_images"] // 8) * 8, config["val_images"], config["test_images"]
     shutil.copytree(reference / "data", tmp_path / "data")  # its pass over the images is not repeated
     shutil.copy(reference / "split.csv", tmp_path)
-    points = [epoch // 2,                 # epoch 1
-              epoch + 1,                  # validation of epoch 1, again from the beginning
-              epoch + val + 3,            # epoch 2
-              epoch + val + epoch + 1]    # validation of epoch 2 or 3
+    points = [
+        epoch // 2,  # epoch 1
+        epoch + 1,  # validation of epoch 1, again from the beginning
+        epoch + val + 3,  # epoch 2
+        epoch + val + epoch + 1,
+    ]  # validation of epoch 2 or 3
     finish = [("val_predictions.csv", 2 * (epoch + val) + 1), ("predictions.csv", test)]
     for number, n in enumerate([*points, finish[0][1]]):
         logged = len(log(fold_of(tmp_path, model)))
@@ -357,7 +392,9 @@ def test_killed_at_every_write_of_a_run(starter, cells, undisturbed, tmp_path):
     reference = undisturbed("--epochs", 2)
     for n in itertools.count(1):
         runs = tmp_path / str(n)
-        killed = starter.run(*command(cells, runs, "--epochs", 2), before=DIE_AT_CALL.format(n=n, group=n % 2))
+        killed = starter.run(
+            *command(cells, runs, "--epochs", 2), before=DIE_AT_CALL.format(n=n, group=n % 2)
+        )
         if killed.status == 0:
             break
         assert killed.status == -signal.SIGKILL, killed.err
@@ -382,12 +419,17 @@ def test_killed_in_the_range_test(starter, cells, tmp_path):
     shutil.copy(reference / "split.csv", runs)
     measured = runs / "train" / "squeezenet1_1" / "random"
     # lr_range.csv and measured.json are synced, renamed, and the file beside is removed: 3 calls each
-    for before in (*(DIE_AT_IMAGE.format(n=n) for n in (101, 301)), *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 3, 5))):
+    for before in (
+        *(DIE_AT_IMAGE.format(n=n) for n in (101, 301)),
+        *(DIE_AT_CALL.format(n=n, group=False) for n in (1, 3, 5)),
+    ):
         killed = starter.run(*command(cells, runs, *more), before=before)
         assert killed.status == -signal.SIGKILL and not (measured / "measured.json").exists()
     assert starter.run(*command(cells, runs, *more)).status == 0
     for name in ("measured.json", "lr_range.csv"):
-        assert (measured / name).read_bytes() == (reference / "train" / "squeezenet1_1" / "random" / name).read_bytes()
+        assert (measured / name).read_bytes() == (
+            reference / "train" / "squeezenet1_1" / "random" / name
+        ).read_bytes()
     assert_same(runs, reference)
 
 
@@ -403,9 +445,15 @@ def test_fifty_random_kills(starter, cells, undisturbed, tmp_path):
     until(lambda: len(log(run)) >= 1, first)
     reach = time.monotonic() - start  # from the start to the first logged epoch
     while kills < 50:
-        script = first if kills == 0 else starter.start(*command(cells, tmp_path, *more, model="shufflenet_v2_x0_5"))
+        script = (
+            first
+            if kills == 0
+            else starter.start(*command(cells, tmp_path, *more, model="shufflenet_v2_x0_5"))
+        )
         logged, end = len(log(run)), time.monotonic() + moment.uniform(0, 1.6 * reach)
-        while time.monotonic() < end and len(log(run)) < logged + 2:  # a later start is faster than the first one
+        while (
+            time.monotonic() < end and len(log(run)) < logged + 2
+        ):  # a later start is faster than the first one
             time.sleep(0.005)
         assert script.poll() is None, f"ended by itself after {kills} kills: {script.err}"
         script.kill(group=kills % 2 == 0)
@@ -416,14 +464,21 @@ def test_fifty_random_kills(starter, cells, undisturbed, tmp_path):
     done = starter.run(*command(cells, tmp_path, *more, model="shufflenet_v2_x0_5"))
     assert done.status == 0, done.err
     again = trained + len(done.epochs) - epochs
-    print(f"{kills} kills, {again} finished epochs trained again, {len(done.epochs)} epochs after the last kill")
+    print(
+        f"{kills} kills, {again} finished epochs trained again, {len(done.epochs)} epochs after the last kill"
+    )
     assert 0 <= again <= kills
     assert_same(tmp_path, reference, "shufflenet_v2_x0_5")
-    until(lambda: not any(script.family() for script in orphans))  # data workers whose parent was killed are gone
+    until(
+        lambda: not any(script.family() for script in orphans)
+    )  # data workers whose parent was killed are gone
 
 
 # ---------------------------------------------------------------- signals, locks, workers
-@pytest.mark.parametrize("number, group, workers", [(signal.SIGINT, True, 1), (signal.SIGTERM, False, 0), (signal.SIGTERM, True, 1)])
+@pytest.mark.parametrize(
+    "number, group, workers",
+    [(signal.SIGINT, True, 1), (signal.SIGTERM, False, 0), (signal.SIGTERM, True, 1)],
+)
 def test_stopped_by_a_signal(starter, cells, tmp_path, number, group, workers):
     """Ctrl-C (of a terminal: to the whole group) and SIGTERM end a run within a step, with one line and status 128 + n."""
     script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", workers))
@@ -455,14 +510,19 @@ except KeyboardInterrupt:
 
 def test_a_signal_while_a_data_worker_is_forked_is_not_lost():
     """What is raised in Python's fork hooks is ignored there (os.register_at_fork)."""
-    done = subprocess.run([sys.executable, "-c", AT_FORK], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-c", AT_FORK], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 
 def test_stopped_in_the_range_test(starter, cells, tmp_path):
     """Also in the range test, whose own output is kept off the screen, the line is seen."""
     script = starter.start(*command(cells, tmp_path, "--lr", "auto", "--batch-size", 64, "--epochs", 1000))
-    until(lambda: (tmp_path / "train/squeezenet1_1/random/measured.lock").exists() or script.poll() is not None, script)
+    until(
+        lambda: (tmp_path / "train/squeezenet1_1/random/measured.lock").exists() or script.poll() is not None,
+        script,
+    )
     time.sleep(0.5)
     script.kill(signal.SIGTERM, group=False)
     assert script.wait() == 143
@@ -488,13 +548,22 @@ def test_one_process_a_run(starter, cells, tmp_path):
 @pytest.mark.parametrize("script", ["datasets.py", "overlaps.py"])
 def test_ctrl_c_in_a_script_that_only_reads(starter, cells, tmp_path, script):
     """One line, as a signal ends a program, and no part of a result."""
-    ended = starter.run(script, "--data", cells, "--runs", tmp_path / "runs", before=DIE_AT_IMAGE.replace("SIGKILL", "SIGINT").format(n=20))
+    ended = starter.run(
+        script,
+        "--data",
+        cells,
+        "--runs",
+        tmp_path / "runs",
+        before=DIE_AT_IMAGE.replace("SIGKILL", "SIGINT").format(n=20),
+    )
     assert ended.status == -signal.SIGINT
     one_line(ended, "stopped")
     assert not [file for file in (tmp_path / "runs").rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 
-AT_BIRTH = "import os, signal; os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))"
+AT_BIRTH = (
+    "import os, signal; os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))"
+)
 
 
 def test_killed_while_a_data_worker_starts(starter, cells, tmp_path):
@@ -508,7 +577,9 @@ def test_a_data_worker_dies(starter, cells, tmp_path):
     """The OOM killer takes a data worker: the run ends with a line, and leaves no process behind."""
     # epochs of a second: the signal must not come while the workers of a validation are forked, where Python ignores what
     # PyTorch's handler raises, and the loader would wait for its timeout of ten minutes
-    script = starter.start(*command(cells, tmp_path, "--epochs", 1000, "--workers", 1, "--image-size", 224, "--batch-size", 2))
+    script = starter.start(
+        *command(cells, tmp_path, "--epochs", 1000, "--workers", 1, "--image-size", 224, "--batch-size", 2)
+    )
     until(lambda: len(log(fold_of(tmp_path))) >= 1 or script.poll() is not None, script)
     for pid in script.family():
         if pid != script.pid:
@@ -524,7 +595,9 @@ def test_a_loss_that_is_not_finite(starter, cells, tmp_path):
     script = starter.run(*command(cells, tmp_path, "--lr", "1e6"))
     assert script.status == 1
     one_line(script, "epoch 1", "1e+06", "--lr")
-    assert not {"predictions.csv", "best.pt", "last.pt", "log.csv"} & {file.name for file in fold_of(tmp_path).iterdir()}
+    assert not {"predictions.csv", "best.pt", "last.pt", "log.csv"} & {
+        file.name for file in fold_of(tmp_path).iterdir()
+    }
 
 
 @pytest.fixture
@@ -535,11 +608,14 @@ def small_disk(tmp_path):
 
     def size(text):
         mounted = os.path.ismount(folder)
-        options = ["-o", f"remount,size={text}"] if mounted else ["-t", "tmpfs", "-o", f"size={text}", "tmpfs"]
+        options = (
+            ["-o", f"remount,size={text}"] if mounted else ["-t", "tmpfs", "-o", f"size={text}", "tmpfs"]
+        )
         done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
         return folder
+
     yield size
     if os.path.ismount(folder):
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -574,7 +650,11 @@ def check_full_disk(starter, cells, disk, reference, n):
     if not finished:
         one_line(script, "resumes")
         assert "disk full" in script.err or "No space left" in script.err
-        kept = {name: (fold_of(disk) / name).read_bytes() for name in ("log.csv", "config.json") if (fold_of(disk) / name).exists()}
+        kept = {
+            name: (fold_of(disk) / name).read_bytes()
+            for name in ("log.csv", "config.json")
+            if (fold_of(disk) / name).exists()
+        }
         assert all(kept.values()) and not list((disk / "train").rglob("*.tmp*"))
     (disk / "filler").unlink()
     done = starter.run(*command(cells, disk))
@@ -601,9 +681,11 @@ def test_disk_full_at_any_write(starter, cells, undisturbed, small_disk):
 # ---------------------------------------------------------------- machines that lack something
 def test_too_little_shared_memory_is_named_before_anything_is_read(starter, cells, tmp_path):
     """Docker's /dev/shm has 64 MB; here it has 1 MB, in a mount namespace of the process alone."""
-    before = ("import ctypes, subprocess\nassert ctypes.CDLL(None).unshare(0x20000) == 0\n"
-              "for what in (['--make-rprivate', '/'], ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', '/dev/shm']):\n"
-              "    subprocess.run(['mount', *what], check=True)")
+    before = (
+        "import ctypes, subprocess\nassert ctypes.CDLL(None).unshare(0x20000) == 0\n"
+        "for what in (['--make-rprivate', '/'], ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', '/dev/shm']):\n"
+        "    subprocess.run(['mount', *what], check=True)"
+    )
     script = starter.run(*command(cells, tmp_path, "--workers", 4, "--image-size", 224), before=before)
     if "AssertionError" in script.err or "CalledProcessError" in script.err:
         pytest.skip("no mount namespaces here")
@@ -613,8 +695,10 @@ def test_too_little_shared_memory_is_named_before_anything_is_read(starter, cell
 
 def test_a_file_system_without_locks(starter, cells, tmp_path):
     """The run's own lock cannot be had: its file and the system's reason are named."""
-    before = ("import errno, fcntl\ndef lockf(*_):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
-              "fcntl.lockf = lockf")
+    before = (
+        "import errno, fcntl\ndef lockf(*_):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "fcntl.lockf = lockf"
+    )
     script = starter.run(*command(cells, tmp_path), before=before)
     assert script.status == 1 and "Traceback" not in script.err
     assert all(word in script.err.splitlines()[-1] for word in ("fold0/lock", "No locks available", "--runs"))
@@ -629,8 +713,10 @@ def test_output_that_nobody_reads_any_more(starter, cells, tmp_path):
 
 @pytest.mark.long
 def test_compiling_without_a_compiler_is_one_line(starter, cells, tmp_path):
-    before = (f"import os\nos.environ.update(PATH='/nowhere', CXX='/nowhere/g++', CC='/nowhere/gcc', "
-              f"TORCHINDUCTOR_CACHE_DIR={str(tmp_path / 'cache')!r})")
+    before = (
+        f"import os\nos.environ.update(PATH='/nowhere', CXX='/nowhere/g++', CC='/nowhere/gcc', "
+        f"TORCHINDUCTOR_CACHE_DIR={str(tmp_path / 'cache')!r})"
+    )
     script = starter.run(*command(cells, tmp_path, "--compile"), before=before)
     assert script.status == 1
     one_line(script, "--compile", "g++")
@@ -650,18 +736,33 @@ def begun(starter, cells, runs, undisturbed):
 def test_other_settings_are_refused(starter, cells, undisturbed, tmp_path):
     """Each setting of which the results depend is named when it has changed; those of the machine may change."""
     run = begun(starter, cells, tmp_path, undisturbed)
-    before = {file.name: file.read_bytes() for file in run.iterdir() if file.name != "lock" and file.suffix != ".tmp"}
-    changed = {"seed": ("--seed", 1), "epochs": ("--epochs", 4), "batch_size": ("--batch-size", 4), "lr": ("--lr", 0.02),
-               "image_size": ("--image-size", 64), "stop_lr": ("--stop-lr", 0.5), "amp": ("--amp", "bf16"),
-               "memory_format": ("--memory-format", "contiguous"), "optimizer": ("--optimizer", "adamw"),
-               "schedule": ("--schedule", "cosine")}
+    before = {
+        file.name: file.read_bytes()
+        for file in run.iterdir()
+        if file.name != "lock" and file.suffix != ".tmp"
+    }
+    changed = {
+        "seed": ("--seed", 1),
+        "epochs": ("--epochs", 4),
+        "batch_size": ("--batch-size", 4),
+        "lr": ("--lr", 0.02),
+        "image_size": ("--image-size", 64),
+        "stop_lr": ("--stop-lr", 0.5),
+        "amp": ("--amp", "bf16"),
+        "memory_format": ("--memory-format", "contiguous"),
+        "optimizer": ("--optimizer", "adamw"),
+        "schedule": ("--schedule", "cosine"),
+    }
     for key, more in changed.items():
         script = starter.run(*command(cells, tmp_path, *more))
         assert script.status == 1, (key, script.err)
         one_line(script, f"{key} was ", "is now", "--runs")
     split = (tmp_path / "split.csv").read_text()
-    (tmp_path / "split.csv").write_text(split.replace(",train,", ",val,", 1).replace(",val,", ",train,", 1)
-                                        if ",val," in split.split(",train,")[0] else split.replace("train", "val", 1))
+    (tmp_path / "split.csv").write_text(
+        split.replace(",train,", ",val,", 1).replace(",val,", ",train,", 1)
+        if ",val," in split.split(",train,")[0]
+        else split.replace("train", "val", 1)
+    )
     script = starter.run(*command(cells, tmp_path))
     assert script.status == 1
     one_line(script, "begun with other split;")
@@ -697,12 +798,26 @@ def test_fit_itself_refuses_other_images_and_settings_and_says_when_nothing_is_l
     """As a notebook calls it, where no config.json stands guard."""
     data = datasets.open_dataset(cells)
     one, two = data.subset(np.arange(0, len(data), 2)), data.subset(np.arange(1, len(data), 2))
-    options = {"lr": 0.01, "epochs": 1, "batch_size": 8, "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
+    options = {
+        "lr": 0.01,
+        "epochs": 1,
+        "batch_size": 8,
+        "image_size": 32,
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+    }
     net = models.build_model("squeezenet1_1", len(data.classes), None, 32)
     rows = train.fit(tmp_path / "run", net, one, two, **options)
     capsys.readouterr()
-    assert train.fit(tmp_path / "run", net, one, two, **options) == rows and "nothing left to train" in capsys.readouterr().out
-    for images, more, word in (((two, one), {}, "images"), ((one, two), {"lr": 0.1}, "lr"), ((one, two), {"seed": 3}, "seed")):
+    assert (
+        train.fit(tmp_path / "run", net, one, two, **options) == rows
+        and "nothing left to train" in capsys.readouterr().out
+    )
+    for images, more, word in (
+        ((two, one), {}, "images"),
+        ((one, two), {"lr": 0.1}, "lr"),
+        ((one, two), {"seed": 3}, "seed"),
+    ):
         with pytest.raises(SystemExit, match=f"begun with other {word};"):
             train.fit(tmp_path / "run", net, *images, **options | more)
 
@@ -732,12 +847,22 @@ def test_images_gone_and_new(starter, cells, undisturbed, tmp_path):
 def test_what_config_json_records(undisturbed, cells):
     """Arguments, versions, device, the data's and the split's fingerprint, the hash of the weights and the counts."""
     config = json.loads((fold_of(undisturbed()) / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"] == torch.__version__
+    assert (
+        config["versions"]["torch"] == torch.__version__.split("+")[0]
+        or config["versions"]["torch"] == torch.__version__
+    )
     assert {"python", "torchvision", "numpy", "commit"} <= set(config["versions"])
-    assert config["device"] == "cpu" and config["gpu"] is None and config["weights"] is None and config["lr"] == 0.01
+    assert (
+        config["device"] == "cpu"
+        and config["gpu"] is None
+        and config["weights"] is None
+        and config["lr"] == 0.01
+    )
     assert len(config["data"]) == len(config["split"]) == 64
     assert config["data"] == json.loads((undisturbed() / "data" / "bm.json").read_text())["fingerprint"]
-    assert config["train_images"] + config["val_images"] + config["test_images"] == len(list(cells.glob("*/*.jpg")))
+    assert config["train_images"] + config["val_images"] + config["test_images"] == len(
+        list(cells.glob("*/*.jpg"))
+    )
 
 
 # ---------------------------------------------------------------- data sets
@@ -755,13 +880,20 @@ cv2.imencode = kill
 
 def test_cropping_killed_and_done_twice_at_once(starter, demo, tmp_path):
     """The crops of a COCO set: two processes at once make one set, a killed one begins anew, both equal an undisturbed one."""
+
     def crops(folder):
-        return {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / ".crops").rglob("*.png"))}
+        return {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in sorted((folder / ".crops").rglob("*.png"))
+        }
+
     names = ("alone", "killed", "shared")
     folders = {name: tmp_path / name / "cd" for name in names}
     for folder in folders.values():
         shutil.copytree(demo / "cd", folder, ignore=shutil.ignore_patterns(".crops*"))
-    arguments = {name: ["datasets.py", "--data", folders[name], "--runs", tmp_path / name / "runs"] for name in names}
+    arguments = {
+        name: ["datasets.py", "--data", folders[name], "--runs", tmp_path / name / "runs"] for name in names
+    }
     assert starter.run(*arguments["alone"]).status == 0
     assert crops(folders["alone"])
     for n in (1, 8):

@@ -3,6 +3,7 @@
 Truth comes from slices of the NumPy arrays that the pictures, boxes and patches were made of, from h5py, from counts by hand, from
 SciPy's softmax and from what was written into a table.
 """
+
 import contextlib
 import errno
 import json
@@ -39,15 +40,28 @@ def write_coco(folder, name, images, boxes, categories=CATEGORIES):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture(number)).save(folder / file)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": file.removeprefix(f"{name}/"), "width": 80, "height": 60} for i, (file, _) in images.items()],
-        "annotations": [{"id": i, "image_id": image, "category_id": category, "bbox": box} for i, image, category, box in boxes],
-        "categories": [{"id": i, "name": label} for i, label in categories.items()]}))
+    (folder / f"{name}.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i, "file_name": file.removeprefix(f"{name}/"), "width": 80, "height": 60}
+                    for i, (file, _) in images.items()
+                ],
+                "annotations": [
+                    {"id": i, "image_id": image, "category_id": category, "bbox": box}
+                    for i, image, category, box in boxes
+                ],
+                "categories": [{"id": i, "name": label} for i, label in categories.items()],
+            }
+        )
+    )
 
 
 def crops(cells):
     """{(label, path): image} of all cells; the path without its class folder."""
-    assert all(path.startswith(f"{cells.classes[target]}/") for path, target in zip(cells.paths, cells.targets))
+    assert all(
+        path.startswith(f"{cells.classes[target]}/") for path, target in zip(cells.paths, cells.targets)
+    )
     return {tuple(path.split("/", 1)): cells[i] for i, path in enumerate(cells.paths.tolist())}
 
 
@@ -74,9 +88,19 @@ def test_a_crop_is_the_boxs_pixels(tmp_path):
 
 
 def test_boxes_over_the_border_are_clipped_and_boxes_outside_dropped(tmp_path):
-    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES + [
-        (4, 1, 3, [-10, -5, 30, 25]), (5, 1, 3, [70, 50, 500, 500]), (6, 1, 7, [-9, 10, 300, 10]),
-        (7, 1, 7, [80, 60, 20, 20]), (8, 1, 7, [-30, -30, 20, 20])])
+    write_coco(
+        tmp_path / "cd",
+        "all",
+        {1: ("one.png", 5)},
+        BOXES
+        + [
+            (4, 1, 3, [-10, -5, 30, 25]),
+            (5, 1, 3, [70, 50, 500, 500]),
+            (6, 1, 7, [-9, 10, 300, 10]),
+            (7, 1, 7, [80, 60, 20, 20]),
+            (8, 1, 7, [-30, -30, 20, 20]),
+        ],
+    )
     cells, whole = datasets.open_dataset(tmp_path / "cd"), picture(5)
     found = crops(cells)
     assert np.array_equal(found["hsil", "one_4.png"], whole[0:20, 0:20])
@@ -87,23 +111,38 @@ def test_boxes_over_the_border_are_clipped_and_boxes_outside_dropped(tmp_path):
 
 def test_boxes_without_a_cell_are_dropped_and_counted(tmp_path, capfd):
     """Width or height of 1 (the publisher's warning), 0 or less, no number, no box; each reason with its count, on stderr as well."""
-    thin = [[5, 5, 1, 30], [5, 5, 30, 1], [5, 5, 1.0, 1.0], [5, 5, 0, 9], [5, 5, -4, 9], [5, 5, float("nan"), 9], [5, 5, 9], None]
+    thin = [
+        [5, 5, 1, 30],
+        [5, 5, 30, 1],
+        [5, 5, 1.0, 1.0],
+        [5, 5, 0, 9],
+        [5, 5, -4, 9],
+        [5, 5, float("nan"), 9],
+        [5, 5, 9],
+        None,
+    ]
     boxes = BOXES + [(10 + i, 1, 3, box) for i, box in enumerate(thin)]
     boxes += [(30, 1, 99, [5, 5, 9, 9]), (31, 1, 98, [5, 5, 9, 9]), (32, 55, 3, [5, 5, 9, 9])]
     write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, boxes)
     cells = datasets.open_dataset(tmp_path / "cd")
     assert len(cells) == 3 and sorted(cells.notes) == [
-        "1 boxes dropped: of an unknown image", "2 boxes dropped: of an unknown category",
-        "8 boxes dropped: width or height of 1 or less, no cell"]
+        "1 boxes dropped: of an unknown image",
+        "2 boxes dropped: of an unknown category",
+        "8 boxes dropped: width or height of 1 or less, no cell",
+    ]
     with contextlib.chdir(tmp_path):
         train.open_checked("cd", "runs")
     assert "8 boxes dropped" in capfd.readouterr().err
-    assert datasets.open_dataset(tmp_path / "cd").notes == cells.notes  # nor are they forgotten when nothing is cropped any more
+    assert (
+        datasets.open_dataset(tmp_path / "cd").notes == cells.notes
+    )  # nor are they forgotten when nothing is cropped any more
 
 
 def test_a_box_of_2_by_2_pixels_is_kept(tmp_path):
     write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, BOXES + [(4, 1, 3, [7, 9, 2, 2])])
-    assert np.array_equal(crops(datasets.open_dataset(tmp_path / "cd"))["hsil", "one_4.png"], picture(5)[9:11, 7:9])
+    assert np.array_equal(
+        crops(datasets.open_dataset(tmp_path / "cd"))["hsil", "one_4.png"], picture(5)[9:11, 7:9]
+    )
 
 
 def test_images_that_are_missing_or_broken_are_counted(tmp_path):
@@ -113,7 +152,8 @@ def test_images_that_are_missing_or_broken_are_counted(tmp_path):
     (tmp_path / "cd/three.png").write_bytes(b"no picture")
     cells = datasets.open_dataset(tmp_path / "cd")
     assert len(cells) == 3 and cells.notes == [
-        "3 boxes dropped: their image is missing or unreadable; once it is there, remove .crops"]
+        "3 boxes dropped: their image is missing or unreadable; once it is there, remove .crops"
+    ]
     for number, file in ((6, "two.png"), (7, "three.png")):
         Image.fromarray(picture(number)).save(tmp_path / "cd" / file)
     assert datasets.open_dataset(tmp_path / "cd").notes == cells.notes
@@ -125,23 +165,45 @@ def test_images_that_are_missing_or_broken_are_counted(tmp_path):
 
 def test_several_files_may_use_the_same_names_and_numbers(tmp_path):
     """train.json and test.json beside their folders: image 1 is one.png in both, box 1 too, and category 1 means another class."""
-    write_coco(tmp_path / "cd", "train", {1: ("train/one.png", 5), 2: ("train/sub/two.png", 6)},
-               [(1, 1, 1, [0, 0, 9, 9]), (2, 2, 2, [1, 1, 9, 9])], {1: "hsil", 2: "lsil"})
-    write_coco(tmp_path / "cd", "test", {1: ("test/one.png", 7), 2: ("test/images/two.png", 8)},
-               [(1, 1, 2, [0, 0, 9, 9]), (2, 2, 1, [1, 1, 9, 9])], {1: "lsil", 2: "hsil"})
+    write_coco(
+        tmp_path / "cd",
+        "train",
+        {1: ("train/one.png", 5), 2: ("train/sub/two.png", 6)},
+        [(1, 1, 1, [0, 0, 9, 9]), (2, 2, 2, [1, 1, 9, 9])],
+        {1: "hsil", 2: "lsil"},
+    )
+    write_coco(
+        tmp_path / "cd",
+        "test",
+        {1: ("test/one.png", 7), 2: ("test/images/two.png", 8)},
+        [(1, 1, 2, [0, 0, 9, 9]), (2, 2, 1, [1, 1, 9, 9])],
+        {1: "lsil", 2: "hsil"},
+    )
     (tmp_path / "cd/settings.json").write_text('{"images": "none of COCO"}')
     cells = datasets.open_dataset(tmp_path / "cd")
-    found = sorted((label, int(image[0, 0, 2]), image[0, 0, :2].tolist(), image.shape) for (label, _), image in crops(cells).items())
+    found = sorted(
+        (label, int(image[0, 0, 2]), image[0, 0, :2].tolist(), image.shape)
+        for (label, _), image in crops(cells).items()
+    )
     size = (9, 9, 3)
-    assert found == [("hsil", 5, [0, 0], size), ("hsil", 7, [0, 0], size), ("lsil", 6, [1, 1], size), ("lsil", 8, [1, 1], size)]
+    assert found == [
+        ("hsil", 5, [0, 0], size),
+        ("hsil", 7, [0, 0], size),
+        ("lsil", 6, [1, 1], size),
+        ("lsil", 8, [1, 1], size),
+    ]
     assert cells.notes == []
 
 
 def test_a_box_number_used_twice_loses_no_cell(tmp_path):
     """In one image and class a number may come as often as it likes; the very same box twice is one cell."""
     boxes = [(1, 3, 0), (1, 7, 10), (2, 3, 20), (1, 3, 30), (1, 3, 40), (1, 3, 40)]
-    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)},
-               [(1, image, category, [x, 0, 9, 9]) for image, category, x in boxes])
+    write_coco(
+        tmp_path / "cd",
+        "all",
+        {1: ("one.png", 5), 2: ("two.png", 6)},
+        [(1, image, category, [x, 0, 9, 9]) for image, category, x in boxes],
+    )
     cells = datasets.open_dataset(tmp_path / "cd")
     columns = sorted((label, int(image[0, 0, 0])) for (label, _), image in crops(cells).items())
     assert columns == [("hsil", 0), ("hsil", 20), ("hsil", 30), ("hsil", 40), ("lsil", 10)]
@@ -150,7 +212,10 @@ def test_a_box_number_used_twice_loses_no_cell(tmp_path):
 
 def test_a_second_json_over_the_same_pictures_counts_no_box_twice(tmp_path):
     """A part of train.json beside it, as people make them, all pictures in images/: every box once, and one image stays one group."""
-    images, boxes = {1: ("one.png", 5), 2: ("two.png", 6)}, [(n, 1 + n % 2, 3 + 4 * (n > 5), [n, n, 9, 9]) for n in range(1, 7)]
+    images, boxes = (
+        {1: ("one.png", 5), 2: ("two.png", 6)},
+        [(n, 1 + n % 2, 3 + 4 * (n > 5), [n, n, 9, 9]) for n in range(1, 7)],
+    )
     folder = tmp_path / "cd"
     write_coco(folder, "train", images, boxes)
     write_coco(folder, "small_train", images, boxes[:3] + [(7, 1, 3, [50, 50, 9, 9])])
@@ -189,13 +254,20 @@ def test_boxes_are_of_the_picture_as_stored_unless_its_size_says_otherwise(tmp_p
 
 def test_pictures_of_another_size_than_the_json_says(tmp_path):
     """One of two: its boxes are dropped aloud; all of them: nothing is opened."""
-    write_coco(tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)}, BOXES + [(4, 2, 3, [1, 1, 9, 9])])
+    write_coco(
+        tmp_path / "cd", "all", {1: ("one.png", 5), 2: ("two.png", 6)}, BOXES + [(4, 2, 3, [1, 1, 9, 9])]
+    )
     Image.fromarray(picture(6)).resize((40, 30)).save(tmp_path / "cd/two.png")
     cells = datasets.open_dataset(tmp_path / "cd")
-    assert len(cells) == 3 and cells.notes == ["1 boxes dropped: their image is not of the size that the JSON says"]
+    assert len(cells) == 3 and cells.notes == [
+        "1 boxes dropped: their image is not of the size that the JSON says"
+    ]
     shutil.rmtree(tmp_path / "cd/.crops")
     Image.fromarray(picture(5)).resize((160, 120)).save(tmp_path / "cd/one.png")
-    with pytest.raises(SystemExit, match=r"^[^\n]*no box can be cropped \(4 boxes dropped: their image is not of the size[^\n]*$"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^[^\n]*no box can be cropped \(4 boxes dropped: their image is not of the size[^\n]*$",
+    ):
         datasets.open_dataset(tmp_path / "cd")
 
 
@@ -205,7 +277,11 @@ def test_what_annotation_programs_write(tmp_path):
     write_coco(folder, "all", {1: ("sub/one.png", 5)}, BOXES)
     content = json.loads((folder / "all.json").read_text())
     content["images"] = [{"id": 1, "file_name": "sub\\one.png"}]
-    for number, shape in ((1, [[10, 20, 40, 20, 25, 45]]), (2, [[0, 0, 70, 0, 70, 10], [60, 10, 80, 60, 0, 60]]), (3, {"counts": "a1", "size": [60, 80]})):
+    for number, shape in (
+        (1, [[10, 20, 40, 20, 25, 45]]),
+        (2, [[0, 0, 70, 0, 70, 10], [60, 10, 80, 60, 0, 60]]),
+        (3, {"counts": "a1", "size": [60, 80]}),
+    ):
         del content["annotations"][number - 1]["bbox"]
         content["annotations"][number - 1]["segmentation"] = shape
     (folder / "all.json").write_text(json.dumps(content))
@@ -226,24 +302,44 @@ def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
         shutil.copytree(demo / name, place)
         (tmp_path / name / "__MACOSX").mkdir()
         deep, flat = datasets.open_dataset(tmp_path / name), datasets.open_dataset(demo / name)
-        assert (deep.name, deep.classes, deep.paths.tolist()) == (flat.name, flat.classes, flat.paths.tolist())
+        assert (deep.name, deep.classes, deep.paths.tolist()) == (
+            flat.name,
+            flat.classes,
+            flat.paths.tolist(),
+        )
 
 
 PARTS = {
-    "names": ["train/1.png", "test/1.png"], "capitals": ["Train/1.png", "Valid/1.png", "TEST/1.png"],
-    "COCO's": ["annotations/1.png", "images/1.png"], "masks": ["images/1.png", "masks/1.png", "readme/1.png"],
+    "names": ["train/1.png", "test/1.png"],
+    "capitals": ["Train/1.png", "Valid/1.png", "TEST/1.png"],
+    "COCO's": ["annotations/1.png", "images/1.png"],
+    "masks": ["images/1.png", "masks/1.png", "readme/1.png"],
     "numbered": ["trainA/1.png", "testA/1.png", "test_simple/1.png"],
     "whatever the names": ["A/eos/1.png", "A/lyt/1.png", "B/eos/1.png", "B/lyt/1.png"],
     "grades": ["north/G1/1.png", "north/G2/1.png", "south/G1/1.png", "south/G2/1.png"],
-    "Raabin": [f"{part}/{label}/1.png" for part in ("TestA", "Train") for label in ("Eosinophil", "Lymphocyte", "Monocyte")]
-    + ["TestB/Lymphocyte/1.png", "TestB/Monocyte/1.png"]}
+    "Raabin": [
+        f"{part}/{label}/1.png"
+        for part in ("TestA", "Train")
+        for label in ("Eosinophil", "Lymphocyte", "Monocyte")
+    ]
+    + ["TestB/Lymphocyte/1.png", "TestB/Monocyte/1.png"],
+}
 CLASSES = {
     "TCIA": ["LYT/0001-1000/1.png", "LYT/1001-2000/2.png", "EOS/0001-1000/3.png", "EOS/1001-2000/4.png"],
     "a class of TCIA twice": ["LYT/0001-1000/1.png", "ABE/0001-1000/2.png"],
-    "patients": ["LYT/patient1/1.png", "LYT/patient2/1.png", "LYT/patient3/1.png", "EOS/patient1/1.png", "EOS/patient3/1.png"],
+    "patients": [
+        "LYT/patient1/1.png",
+        "LYT/patient2/1.png",
+        "LYT/patient3/1.png",
+        "EOS/patient1/1.png",
+        "EOS/patient3/1.png",
+    ],
     "parts below": ["LYT/train/1.png", "LYT/test/1.png", "EOS/train/1.png", "EOS/test/1.png"],
-    "one folder below": ["LYT/jpg/1.png", "EOS/jpg/1.png"], "some below": ["LYT/a/1.png", "LYT/b/1.png", "EOS/1.png"],
-    "a test": ["test/1.png", "control/1.png"], "other folders": ["LYT/a/1.png", "LYT/b/1.png", "EOS/c/1.png", "EOS/d/1.png"]}
+    "one folder below": ["LYT/jpg/1.png", "EOS/jpg/1.png"],
+    "some below": ["LYT/a/1.png", "LYT/b/1.png", "EOS/1.png"],
+    "a test": ["test/1.png", "control/1.png"],
+    "other folders": ["LYT/a/1.png", "LYT/b/1.png", "EOS/c/1.png", "EOS/d/1.png"],
+}
 
 
 def touch(folder, names):
@@ -255,7 +351,9 @@ def touch(folder, names):
 @pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
 def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
     touch(tmp_path, names)
-    with pytest.raises(SystemExit, match=r"^[^\n]*look like parts of a data set, not classes[^\n]*--data[^\n]*$"):
+    with pytest.raises(
+        SystemExit, match=r"^[^\n]*look like parts of a data set, not classes[^\n]*--data[^\n]*$"
+    ):
         datasets.open_dataset(tmp_path)
 
 
@@ -263,7 +361,9 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
 def test_classes_that_hold_folders_are_classes(tmp_path, names):
     touch(tmp_path, names)
     cells = datasets.open_dataset(tmp_path)
-    assert sorted(cells.classes) == sorted({name.split("/")[0] for name in names}) and sorted(cells.paths) == sorted(names)
+    assert sorted(cells.classes) == sorted({name.split("/")[0] for name in names}) and sorted(
+        cells.paths
+    ) == sorted(names)
 
 
 def test_pictures_are_cropped_once_and_a_changed_json_is_said(tmp_path):
@@ -273,13 +373,20 @@ def test_pictures_are_cropped_once_and_a_changed_json_is_said(tmp_path):
     before = stamps(tmp_path / "cd")
     assert len(datasets.open_dataset(tmp_path / "cd")) == 3 and stamps(tmp_path / "cd") == before
     write_coco(tmp_path / "cd", "all", {1: ("one.png", 5)}, [(1, 1, 3, [11, 20, 30, 25]), BOXES[1]])
-    with pytest.raises(SystemExit, match=r"^[^\n]*cd/.crops: the JSON files have changed since; remove it[^\n]*$"):
+    with pytest.raises(
+        SystemExit, match=r"^[^\n]*cd/.crops: the JSON files have changed since; remove it[^\n]*$"
+    ):
         datasets.open_dataset(tmp_path / "cd")
     shutil.rmtree(tmp_path / "cd/.crops")
     found = crops(datasets.open_dataset(tmp_path / "cd"))
     assert found.keys() == {("hsil", "one_1.png"), ("lsil", "one_2.png")}
     assert np.array_equal(found["hsil", "one_1.png"], picture(5)[20:45, 11:41])
-    assert {file.name for file in (tmp_path / "cd").iterdir()} == {"all.json", "one.png", ".crops", ".crops.lock"}
+    assert {file.name for file in (tmp_path / "cd").iterdir()} == {
+        "all.json",
+        "one.png",
+        ".crops",
+        ".crops.lock",
+    }
 
 
 def test_boxes_of_an_image_are_its_group(tmp_path, demo):
@@ -288,18 +395,26 @@ def test_boxes_of_an_image_are_its_group(tmp_path, demo):
     for file in demo.glob("cd/*.json"):
         content = json.loads(file.read_text())
         stems = {image["id"]: os.path.splitext(image["file_name"])[0] for image in content["images"]}
-        names |= {(stems[box["image_id"]], str(box["id"])): stems[box["image_id"]] for box in content["annotations"]}
+        names |= {
+            (stems[box["image_id"]], str(box["id"])): stems[box["image_id"]] for box in content["annotations"]
+        }
     for path, group in zip(cells.paths, cells.groups, strict=True):
         stem, _, number = path.split("/")[1].removesuffix(".png").rpartition("_")
         assert names[stem, number] == group
-    assert datasets.open_dataset(demo / "bm").groups is None and cells.subset([3, 0]).groups.tolist() == cells.groups[[3, 0]].tolist()
+    assert (
+        datasets.open_dataset(demo / "bm").groups is None
+        and cells.subset([3, 0]).groups.tolist() == cells.groups[[3, 0]].tolist()
+    )
 
 
 def test_a_folder_that_nothing_can_be_written_to(without_rights):
     """One line if there is still something to crop; if all is cropped already, the right to read is enough."""
     folder, context = without_rights
     write_coco(folder / "cd", "all", {1: ("one.png", 5)}, BOXES)
-    with context(), pytest.raises(SystemExit, match=r"^[^\n]*cd/.crops.lock: Permission denied[^\n]*writable[^\n]*$"):
+    with (
+        context(),
+        pytest.raises(SystemExit, match=r"^[^\n]*cd/.crops.lock: Permission denied[^\n]*writable[^\n]*$"),
+    ):
         datasets.open_dataset(folder / "cd")
     assert {file.name for file in (folder / "cd").iterdir()} == {"all.json", "one.png"}
     assert len(datasets.open_dataset(folder / "cd")) == 3
@@ -321,7 +436,10 @@ def write_pcam(folder, parts=(("train", 12), ("valid", 6), ("test", 4)), **optio
     patches, rng = {}, np.random.default_rng(0)
     for part, count in parts:
         x = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
-        for kind, values in (("x", x), ("y", (np.arange(count) + 1).reshape(-1, 1, 1, 1).astype(np.uint8) % 2)):
+        for kind, values in (
+            ("x", x),
+            ("y", (np.arange(count) + 1).reshape(-1, 1, 1, 1).astype(np.uint8) % 2),
+        ):
             with h5py.File(file_of(folder, part, kind), "w") as file:
                 file.create_dataset(kind, data=values, chunks=(1, *values.shape[1:]), **options)
         patches |= {f"{part}/{i}": patch for i, patch in enumerate(x)}
@@ -342,13 +460,21 @@ def assert_patches(cells, patches):
 def test_each_path_is_its_patch_and_label(tmp_path, options):
     patches = write_pcam(tmp_path / "pcam", **options)
     cells = datasets.open_dataset(tmp_path / "pcam")
-    assert cells.paths.tolist() == [f"train/{i}" for i in range(12)] + [f"valid/{i}" for i in range(6)] + [f"test/{i}" for i in range(4)]
+    assert cells.paths.tolist() == [f"train/{i}" for i in range(12)] + [f"valid/{i}" for i in range(6)] + [
+        f"test/{i}" for i in range(4)
+    ]
     assert cells.classes == ["normal", "tumour"] and cells.targets.tolist() == [1, 0] * 11
     assert_patches(cells, patches)
-    assert cells.parts.tolist() == ["train"] * 12 + ["val"] * 6 + ["test"] * 4 and cells.files is None and cells.groups is None
+    assert (
+        cells.parts.tolist() == ["train"] * 12 + ["val"] * 6 + ["test"] * 4
+        and cells.files is None
+        and cells.groups is None
+    )
     assert cells[0].dtype == np.uint8 and cells[0].shape == (96, 96, 3)
     part = cells.subset(np.array([17, 3, 3]))
-    assert [part[i].tobytes() for i in range(3)] == [patches[path].tobytes() for path in ("valid/5", "train/3", "train/3")]
+    assert [part[i].tobytes() for i in range(3)] == [
+        patches[path].tobytes() for path in ("valid/5", "train/3", "train/3")
+    ]
 
 
 def test_the_test_part_may_be_missing(tmp_path):
@@ -367,14 +493,23 @@ def test_a_file_that_is_missing_or_broken_is_named_in_one_line(tmp_path, part, k
         with h5py.File(file, "w") as new:
             new["z"] = 1
     elif harm != "missing":
-        file.write_bytes(content[:len(content) * 2 // 3] if harm == "truncated" else b"")
-    with pytest.raises(SystemExit, match=rf"^[^\n]*pcam: the {part} part cannot be read[^\n]*{file.name}[^\n]*$"):
+        file.write_bytes(content[: len(content) * 2 // 3] if harm == "truncated" else b"")
+    with pytest.raises(
+        SystemExit, match=rf"^[^\n]*pcam: the {part} part cannot be read[^\n]*{file.name}[^\n]*$"
+    ):
         datasets.open_dataset(tmp_path / "pcam")
 
 
-@pytest.mark.parametrize("kind, values", [
-    ("y", np.zeros((11, 1, 1, 1), np.uint8)), ("x", np.zeros((13, 96, 96, 3), np.uint8)), ("x", np.zeros((12, 96, 96), np.uint8)),
-    ("y", np.full((12, 1, 1, 1), 2, np.uint8)), ("y", np.zeros((0, 1, 1, 1), np.uint8))])
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        ("y", np.zeros((11, 1, 1, 1), np.uint8)),
+        ("x", np.zeros((13, 96, 96, 3), np.uint8)),
+        ("x", np.zeros((12, 96, 96), np.uint8)),
+        ("y", np.full((12, 1, 1, 1), 2, np.uint8)),
+        ("y", np.zeros((0, 1, 1, 1), np.uint8)),
+    ],
+)
 def test_patches_and_labels_that_do_not_fit_are_refused(tmp_path, kind, values):
     """A label too few or a patch too many would shift all that follow."""
     write_pcam(tmp_path / "pcam")
@@ -394,7 +529,9 @@ def test_a_patch_that_is_damaged_is_left_out(tmp_path):
         file.seek(chunk.byte_offset)
         file.write(bytes(chunk.size // 2))
     cells = datasets.open_dataset(tmp_path / "pcam")
-    assert [path for path, _ in datasets.check_dataset(cells, tmp_path / "runs")["unreadable"]] == [f"train/{chunk.chunk_offset[0]}"]
+    assert [path for path, _ in datasets.check_dataset(cells, tmp_path / "runs")["unreadable"]] == [
+        f"train/{chunk.chunk_offset[0]}"
+    ]
     with pytest.raises(ValueError, match=rf"^[^\n]*pcam, patch train/{chunk.chunk_offset[0]}: [^\n]*$"):
         cells[int(chunk.chunk_offset[0])]
 
@@ -408,6 +545,7 @@ def test_patches_on_a_mount_that_is_read_only_or_has_no_locks(tmp_path, monkeypa
             refused.append(name)
             raise BlockingIOError(11, "unable to lock file, errno = 11, error message = 'No locks available'")
         return plain(name, mode, locking=locking, **options)
+
     monkeypatch.setattr(h5py, "File", without_locks)
     assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
     assert refused
@@ -415,8 +553,10 @@ def test_patches_on_a_mount_that_is_read_only_or_has_no_locks(tmp_path, monkeypa
 
 def test_a_file_system_without_locks_is_said_once_by_the_files_name(tmp_path, monkeypatch, capsys):
     """ENOLCK from lockf: what the lock protects goes on; any other error of it does not."""
+
     def refuse(handle, operation):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(datasets.fcntl, "lockf", refuse)
     for number in (errno.ENOLCK, errno.EOPNOTSUPP):
         with datasets.file_lock(tmp_path / "a/some.lock"):
@@ -455,7 +595,11 @@ def test_patches_reach_every_process_by_a_fork_or_a_pickle(tmp_path):
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
-            os._exit(not all(cells[i].tobytes() == patches[str(cells.paths[i])].tobytes() for i in list(range(22)) * 20))
+            os._exit(
+                not all(
+                    cells[i].tobytes() == patches[str(cells.paths[i])].tobytes() for i in list(range(22)) * 20
+                )
+            )
         os._exit(2)
     for _ in range(20):
         assert_patches(cells, patches)
@@ -464,8 +608,12 @@ def test_patches_reach_every_process_by_a_fork_or_a_pickle(tmp_path):
     assert_patches(again, patches)
     assert again.classes == cells.classes and np.array_equal(again.targets, cells.targets)
     rows = [range(i, i + 2) for i in range(0, 22, 2)]
-    for (images, labels), row in zip(datasets.loader(datasets.Batches(cells, 96), rows, workers=2), rows, strict=True):
-        assert [image.permute(1, 2, 0).numpy().tobytes() for image in images] == [patches[str(cells.paths[i])].tobytes() for i in row]
+    for (images, labels), row in zip(
+        datasets.loader(datasets.Batches(cells, 96), rows, workers=2), rows, strict=True
+    ):
+        assert [image.permute(1, 2, 0).numpy().tobytes() for image in images] == [
+            patches[str(cells.paths[i])].tobytes() for i in row
+        ]
         assert labels.tolist() == cells.targets[row].tolist()
 
 
@@ -481,7 +629,12 @@ def test_the_first_level_with_several_folders_is_the_classes(tmp_path, nested):
     cells = datasets.open_dataset(tmp_path / "mine")
     assert cells.root == tmp_path / "mine" / nested and cells.name == "mine"
     assert cells.classes == ["NGS", "LYT", "EOS"]  # in the order of Table 5, and not of the alphabet
-    assert cells.paths.tolist() == ["NGS/4.jpg", "LYT/0001-1000/1.jpg", "LYT/1001-2000/2.jpg", "EOS/0001-1000/3.jpg"]
+    assert cells.paths.tolist() == [
+        "NGS/4.jpg",
+        "LYT/0001-1000/1.jpg",
+        "LYT/1001-2000/2.jpg",
+        "EOS/0001-1000/3.jpg",
+    ]
     assert cells.targets.tolist() == [0, 1, 1, 2]
 
 
@@ -518,8 +671,31 @@ def test_a_folder_is_pcam_before_coco_before_class_folders(tmp_path):
 
 
 # ---------------------------------------------------------------- tables
-NAMES = ["plain", "with space ", " ", "comma, too", 'a "quoted" one', '"', "it's", "#1", "new\nline", "carriage\rreturn", "both\r\n",
-         "tab\t", "p_x", "äöü-細胞", "e\u0301", "\u00e9", "\u2028\x85\x0b", "no text \udcff\udce4", "nan", "1", "path", "=1+1", "\ufeff"]
+NAMES = [
+    "plain",
+    "with space ",
+    " ",
+    "comma, too",
+    'a "quoted" one',
+    '"',
+    "it's",
+    "#1",
+    "new\nline",
+    "carriage\rreturn",
+    "both\r\n",
+    "tab\t",
+    "p_x",
+    "äöü-細胞",
+    "e\u0301",
+    "\u00e9",
+    "\u2028\x85\x0b",
+    "no text \udcff\udce4",
+    "nan",
+    "1",
+    "path",
+    "=1+1",
+    "\ufeff",
+]
 
 
 def test_predictions_are_read_back_as_they_were_written(tmp_path):
@@ -534,5 +710,7 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
     assert list(read.paths) == paths
     assert [read.classes[i] for i in read.labels] == [NAMES[i % len(NAMES)] for i in range(len(paths))]
     assert [read.classes[i] for i in read.predictions] == [NAMES[i] for i in logits.argmax(1)]
-    expected = scipy.special.softmax(logits.double().numpy(), 1)[:, [NAMES.index(name) for name in read.classes]]
+    expected = scipy.special.softmax(logits.double().numpy(), 1)[
+        :, [NAMES.index(name) for name in read.classes]
+    ]
     assert np.allclose(read.probabilities, expected, rtol=5e-7, atol=0)

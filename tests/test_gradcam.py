@@ -1,4 +1,5 @@
 """Heatmaps lie where the object is, figures come from the fold that tested a cell."""
+
 import csv
 import sys
 
@@ -23,14 +24,14 @@ def objects(size, texture, side=None):
     images = torch.zeros(4, 3, size, size)
     for image, (row, column) in zip(images, CORNERS):
         top, left = (int((2 * place + 1) * size / 4 - side / 2) for place in (row, column))
-        image[:, top:top + side, left:left + side] = texture[:, :side, :side]
+        image[:, top : top + side, left : left + side] = texture[:, :side, :side]
     return images
 
 
 def quadrant_shares(heat):
     """Share of the heat in each quadrant: [N, 4] of maps [N,H,W]."""
     half = heat.shape[1] // 2
-    parts = [heat[:, r * half:(r + 1) * half, c * half:(c + 1) * half].sum((1, 2)) for r, c in CORNERS]
+    parts = [heat[:, r * half : (r + 1) * half, c * half : (c + 1) * half].sum((1, 2)) for r, c in CORNERS]
     return np.stack(parts, 1) / heat.sum((1, 2))[:, None]
 
 
@@ -80,9 +81,13 @@ def patches_alike(net, image):
         for block in net.encoder.layers:
             for parameter in (*block.self_attention.out_proj.parameters(), *block.mlp[3].parameters()):
                 parameter.zero_()
-        last.self_attention.in_proj_weight[:2 * width] = 0  # no patch attracts more attention than another
-        last.self_attention.in_proj_weight[2 * width:] = last.self_attention.out_proj.weight[:] = torch.eye(width)
-        hook = last.ln_1.register_forward_hook(lambda module, inputs, output: features.append(output[0, 1:].mean(0)))
+        last.self_attention.in_proj_weight[: 2 * width] = 0  # no patch attracts more attention than another
+        last.self_attention.in_proj_weight[2 * width :] = last.self_attention.out_proj.weight[:] = torch.eye(
+            width
+        )
+        hook = last.ln_1.register_forward_hook(
+            lambda module, inputs, output: features.append(output[0, 1:].mean(0))
+        )
         net.eval()(image)
         hook.remove()
         net.heads.head.weight[:] = torch.stack([features[0], -features[0]])
@@ -98,7 +103,10 @@ def test_vit_heat_moves_with_the_object():
     assert gradcam.heatmaps(net, images, [1] * 4).max() == 0
 
 
-@pytest.mark.parametrize("name, size, layer", [("resnet18", 224, "layer4"), ("vit_b_32", 128, "encoder.layers.encoder_layer_11.ln_1")])
+@pytest.mark.parametrize(
+    "name, size, layer",
+    [("resnet18", 224, "layer4"), ("vit_b_32", 128, "encoder.layers.encoder_layer_11.ln_1")],
+)
 def test_same_maps_as_grad_cam_used_plainly(name, size, layer):
     """Stopping the gradients at the layer saves time and memory, and changes nothing."""
     torch.manual_seed(3)
@@ -106,7 +114,9 @@ def test_same_maps_as_grad_cam_used_plainly(name, size, layer):
     ours = gradcam.heatmaps(net, images, [0, 1, 1])
     assert ours.max() > 0 and not any(module._forward_hooks for module in net.modules())
     with GradCAM(net.requires_grad_(True), [net.get_submodule(layer)], models.cam_reshape(net)) as cam:
-        np.testing.assert_allclose(ours, cam(images, [ClassifierOutputTarget(label) for label in (0, 1, 1)]), atol=1e-5)
+        np.testing.assert_allclose(
+            ours, cam(images, [ClassifierOutputTarget(label) for label in (0, 1, 1)]), atol=1e-5
+        )
 
 
 def test_resnet_map_is_the_class_activation_map():
@@ -133,7 +143,11 @@ def test_small_images_keep_places_enough():
     assert gradcam.layer_for(net, torch.zeros(1, 3, 64, 64)) == (net.layer2, 8)
     heat = gradcam.heatmaps(net, images, [0, 1, 1])
     assert (heat.std((1, 2)) > 0.1).any() and heat.shape == (3, 32, 32)
-    for name, last, places in (("vgg11_bn", "features.27", 14), ("resnet18", "layer4", 7), ("swin_t", "permute", 7)):
+    for name, last, places in (
+        ("vgg11_bn", "features.27", 14),
+        ("resnet18", "layer4", 7),
+        ("swin_t", "permute", 7),
+    ):
         net = models.build_model(name, 2)  # at full size it is the layer of the paper
         assert gradcam.layer_for(net, torch.zeros(1, 3, 224, 224)) == (net.get_submodule(last), places)
 
@@ -179,9 +193,13 @@ def test_maps_come_from_the_fold_that_tested_the_cell(trained):
     with open(runs / "split.csv", newline="") as handle:
         row = next(row for row in csv.DictReader(handle) if row["path"] == cell["path"])
     net, info = models.load_checkpoint(folder / ("fold0" if row["fold0"] == "test" else "fold1") / "best.pt")
-    image = torch.from_numpy(datasets.resize(cells[list(cells.paths).index(cell["path"])], 64)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(datasets.resize(cells[list(cells.paths).index(cell["path"])], 64)).permute(
+        2, 0, 1
+    )[None]
     for label in (cell["label"], cell["prediction"]):  # one map for each of both
-        heat = gradcam.heatmaps(net, datasets.normalise(image, info["mean"], info["std"]), [classes.index(label)])[0]
+        heat = gradcam.heatmaps(
+            net, datasets.normalise(image, info["mean"], info["std"]), [classes.index(label)]
+        )[0]
         np.testing.assert_allclose(cell["heat"][label], heat, atol=1e-5)
 
 
@@ -212,9 +230,12 @@ def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_pa
     assert "first run evaluate.py" in refusal(monkeypatch, "--runs", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/table4.csv").write_text(
-        "model,init,folds,f1_mean\nresnet18,random,5,0.5\nresnet18,cd,2,0.9\nresnet18,pcam,5,0.6\n")
+        "model,init,folds,f1_mean\nresnet18,random,5,0.5\nresnet18,cd,2,0.9\nresnet18,pcam,5,0.6\n"
+    )
     command(monkeypatch, "--runs", tmp_path, "--data", cells.root)
-    assert shown[2:] == ["gradcam_resnet18_pcam_x.png"]  # x and y, the first two of other classes; none of y was tested
+    assert shown[2:] == [
+        "gradcam_resnet18_pcam_x.png"
+    ]  # x and y, the first two of other classes; none of y was tested
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "--runs", tmp_path, "--model", "resnet18")
     assert caught.value.code == 2

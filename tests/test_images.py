@@ -3,6 +3,7 @@
 Truth comes from the NumPy arrays that the files were made of, from Pillow's decoder and its exif_transpose where a format loses
 something, and from files written here byte by byte (PNG and TIFF of 16 bits a channel, a picture of 90 million pixels).
 """
+
 import os
 import shutil
 import struct
@@ -22,13 +23,17 @@ import evaluate
 import train
 
 RNG = np.random.default_rng(0)
-COLOURS = cv2.resize(RNG.integers(0, 256, (4, 5, 3), np.uint8), (40, 32), interpolation=cv2.INTER_CUBIC)  # [32,40,3], smooth
+COLOURS = cv2.resize(
+    RNG.integers(0, 256, (4, 5, 3), np.uint8), (40, 32), interpolation=cv2.INTER_CUBIC
+)  # [32,40,3], smooth
 GREY = COLOURS[..., 1].copy()
 ALPHA = RNG.integers(0, 256, GREY.shape, np.uint8)
 DEEP = RNG.integers(0, 65536, COLOURS.shape, np.uint16)
 PICTURE = Image.fromarray(COLOURS)
 PALETTE = PICTURE.quantize(50)
-FIFTY = np.reshape(PALETTE.getpalette(), (-1, 3))[np.asarray(PALETTE)]  # the colours that its numbers stand for
+FIFTY = np.reshape(PALETTE.getpalette(), (-1, 3))[
+    np.asarray(PALETTE)
+]  # the colours that its numbers stand for
 INKS = np.dstack([255 - COLOURS, GREY // 3])  # cyan, magenta, yellow, black
 INKED = np.rint((255.0 - INKS[..., :3]) * (255 - INKS[..., 3:]) / 255)  # in RGB
 
@@ -40,10 +45,18 @@ def three(grey):
 
 def png(width, height, depth, kind, rows):
     """A PNG file's bytes: bits a sample, colour type, and the rows' bytes, each after a 0 for 'not filtered'."""
+
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def deep_png():
@@ -53,10 +66,24 @@ def deep_png():
 
 def deep_tiff():
     """Little-endian, uncompressed, three samples of 16 bits, one strip."""
-    tags = [(256, 3, 1, 40), (257, 3, 1, 32), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
-            (277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, DEEP.nbytes)]
-    return (struct.pack("<2sHI3H", b"II", 42, 14 + DEEP.nbytes, 16, 16, 16) + DEEP.astype("<u2").tobytes() + struct.pack("<H", len(tags))
-            + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4))
+    tags = [
+        (256, 3, 1, 40),
+        (257, 3, 1, 32),
+        (258, 3, 3, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 14),
+        (277, 3, 1, 3),
+        (278, 3, 1, 32),
+        (279, 4, 1, DEEP.nbytes),
+    ]
+    return (
+        struct.pack("<2sHI3H", b"II", 42, 14 + DEEP.nbytes, 16, 16, 16)
+        + DEEP.astype("<u2").tobytes()
+        + struct.pack("<H", len(tags))
+        + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        + bytes(4)
+    )
 
 
 def saved(image, **options):
@@ -76,35 +103,63 @@ def with_alpha(image, alpha):
 
 # ---------------------------------------------------------------- kinds of pictures
 EXACT = {
-    "colour.png": (saved(PICTURE), COLOURS), "colour.bmp": (saved(PICTURE), COLOURS), "colour.tif": (saved(PICTURE), COLOURS),
+    "colour.png": (saved(PICTURE), COLOURS),
+    "colour.bmp": (saved(PICTURE), COLOURS),
+    "colour.tif": (saved(PICTURE), COLOURS),
     "lzw.tiff": (saved(PICTURE, compression="tiff_lzw"), COLOURS),
     "deflate.tif": (saved(PICTURE, compression="tiff_adobe_deflate"), COLOURS),
-    "grey.png": (saved(Image.fromarray(GREY)), three(GREY)), "grey.bmp": (saved(Image.fromarray(GREY)), three(GREY)),
+    "grey.png": (saved(Image.fromarray(GREY)), three(GREY)),
+    "grey.bmp": (saved(Image.fromarray(GREY)), three(GREY)),
     "grey.tif": (saved(Image.fromarray(GREY)), three(GREY)),
     "bits.png": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
     "bits.bmp": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
     "bits.tif": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
-    "palette.png": (saved(PALETTE), FIFTY), "palette.bmp": (saved(PALETTE), FIFTY), "palette.tif": (saved(PALETTE), FIFTY),
-    "palette with a transparent colour.png": (saved(PALETTE, transparency=3), np.where(np.asarray(PALETTE)[..., None] == 3, 0, FIFTY)),
+    "palette.png": (saved(PALETTE), FIFTY),
+    "palette.bmp": (saved(PALETTE), FIFTY),
+    "palette.tif": (saved(PALETTE), FIFTY),
+    "palette with a transparent colour.png": (
+        saved(PALETTE, transparency=3),
+        np.where(np.asarray(PALETTE)[..., None] == 3, 0, FIFTY),
+    ),
     "alpha.bmp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
     "opaque.tif": (saved(with_alpha(PICTURE, 255)), COLOURS),
     "one pixel.png": (saved(PICTURE.crop((3, 4, 4, 5))), COLOURS[4:5, 3:4]),
     "one row.png": (saved(PICTURE.crop((0, 4, 40, 5))), COLOURS[4:5]),
-    "animated.png": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (40, 32)), PICTURE.rotate(180)]), COLOURS),
-    "pages.tif": (saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (9, 9)), PICTURE.rotate(180)]), COLOURS),
-    "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS), "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS),
+    "animated.png": (
+        saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (40, 32)), PICTURE.rotate(180)]),
+        COLOURS,
+    ),
+    "pages.tif": (
+        saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (9, 9)), PICTURE.rotate(180)]),
+        COLOURS,
+    ),
+    "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS),
+    "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS),
 }
 CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CMYK; JPEG's decoder is the same in Pillow
     "alpha.png": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
     "alpha.tif": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
-    "alpha.webp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA)), lossless=True), COLOURS * (ALPHA[..., None] / 255), 1),
-    "grey and alpha.png": (saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))), three(GREY) * (ALPHA[..., None] / 255), 1),
-    "gif.gif": (saved(PALETTE), FIFTY, 0), "lossless.webp": (saved(PICTURE, lossless=True), COLOURS, 0),
-    "jpeg.jfif": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16), "jpeg.jpe": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16),
-    "jpeg 2000.jp2": (saved(PICTURE), COLOURS, 1), "map.ppm": (saved(PICTURE), COLOURS, 0), "map.pgm": (saved(Image.fromarray(GREY)), three(GREY), 0),
+    "alpha.webp": (
+        saved(with_alpha(PICTURE, Image.fromarray(ALPHA)), lossless=True),
+        COLOURS * (ALPHA[..., None] / 255),
+        1,
+    ),
+    "grey and alpha.png": (
+        saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))),
+        three(GREY) * (ALPHA[..., None] / 255),
+        1,
+    ),
+    "gif.gif": (saved(PALETTE), FIFTY, 0),
+    "lossless.webp": (saved(PICTURE, lossless=True), COLOURS, 0),
+    "jpeg.jfif": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16),
+    "jpeg.jpe": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16),
+    "jpeg 2000.jp2": (saved(PICTURE), COLOURS, 1),
+    "map.ppm": (saved(PICTURE), COLOURS, 0),
+    "map.pgm": (saved(Image.fromarray(GREY)), three(GREY), 0),
     "deep grey.png": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
     "deep grey.tif": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
-    "deep.png": (bytes_of(deep_png()), DEEP // 256, 1), "deep.tif": (bytes_of(deep_tiff()), DEEP // 256, 1),
+    "deep.png": (bytes_of(deep_png()), DEEP // 256, 1),
+    "deep.tif": (bytes_of(deep_tiff()), DEEP // 256, 1),
     "cmyk.tif": (saved(Image.fromarray(INKS, "CMYK")), INKED, 2),
     "colour.jpg": (saved(PICTURE, quality=95), COLOURS, 16),
     "progressive.jpeg": (saved(PICTURE, quality=95, progressive=True), COLOURS, 16),
@@ -113,8 +168,11 @@ CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CM
 }
 
 
-@pytest.mark.parametrize("name, kind", [(name, (*kind, 0)) for name, kind in EXACT.items()] + list(CLOSE.items()),
-                         ids=[*EXACT, *CLOSE])
+@pytest.mark.parametrize(
+    "name, kind",
+    [(name, (*kind, 0)) for name, kind in EXACT.items()] + list(CLOSE.items()),
+    ids=[*EXACT, *CLOSE],
+)
 def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
     """What is transparent is black, of an animation and of several pages the first counts, the content decides and not the ending."""
     write, expected, tolerance = kind
@@ -137,10 +195,16 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path):
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
 def test_a_picture_is_turned_as_its_exif_says(tmp_path, ending, orientation):
     """All eight orientations, on four quarters of different colour, against Pillow's exif_transpose."""
-    quarters = np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 240)]], np.uint8).repeat(16, 0).repeat(24, 1)
+    quarters = (
+        np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 240)]], np.uint8)
+        .repeat(16, 0)
+        .repeat(24, 1)
+    )
     exif, file = Image.Exif(), tmp_path / f"turned.{ending}"
     exif[0x112] = orientation
-    Image.fromarray(quarters).save(file, exif=exif, **({"quality": 95, "subsampling": 0} if ending == "jpg" else {}))
+    Image.fromarray(quarters).save(
+        file, exif=exif, **({"quality": 95, "subsampling": 0} if ending == "jpg" else {})
+    )
     with Image.open(file) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     assert expected.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
@@ -169,10 +233,13 @@ def test_what_is_transparent_is_black_in_every_format(tmp_path, name):
     good(tmp_path / "mine")
     shutil.copy(tmp_path / name, tmp_path / "mine/A")
     assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [
-        f"1 images have an alpha channel: what is transparent is black, e.g. A/{name}"]
+        f"1 images have an alpha channel: what is transparent is black, e.g. A/{name}"
+    ]
 
 
-@pytest.mark.parametrize("bits, ending", [(8, "png"), (10, "png"), (12, "png"), (12, "tif"), (14, "tif"), (16, "png")])
+@pytest.mark.parametrize(
+    "bits, ending", [(8, "png"), (10, "png"), (12, "png"), (12, "tif"), (14, "tif"), (16, "png")]
+)
 def test_sixteen_bits_are_scaled_by_the_files_own_depth(tmp_path, bits, ending):
     """A microscope's 12 bits in a file of 16 become 256 grey levels, not 16; the pass says which depths it found."""
     deep = (DEEP >> (16 - bits)).astype(np.uint16)
@@ -181,7 +248,8 @@ def test_sixteen_bits_are_scaled_by_the_files_own_depth(tmp_path, bits, ending):
     assert cv2.imwrite(str(tmp_path / f"mine/A/deep.{ending}"), deep[..., ::-1])
     assert np.array_equal(datasets.read_image(tmp_path / f"mine/A/deep.{ending}"), deep >> (bits - 8))
     assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [
-        f"1 images hold {bits} bits a channel in 16, of which the upper 8 are read, e.g. A/deep.{ending}"]
+        f"1 images hold {bits} bits a channel in 16, of which the upper 8 are read, e.g. A/deep.{ending}"
+    ]
 
 
 @pytest.mark.parametrize("name", ["pages.tif", "animated.png"])
@@ -199,7 +267,15 @@ def test_pictures_of_other_types_are_counted_aloud(tmp_path, capsys):
     """Per ending; files that are no pictures are not mentioned; the count is there although an earlier pass is kept."""
     good(tmp_path / "mine")
     assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == []
-    for name in ("A/1.heic", "A/2.HEIC", "B/deep/3.svs", "B/4.avif", "B/read me.txt", "A/.5.heic", "B/@eaDir/6.heic"):
+    for name in (
+        "A/1.heic",
+        "A/2.HEIC",
+        "B/deep/3.svs",
+        "B/4.avif",
+        "B/read me.txt",
+        "A/.5.heic",
+        "B/@eaDir/6.heic",
+    ):
         (tmp_path / "mine" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "mine" / name).touch()
     note = "4 pictures of types that are not read: left out (2 .heic, 1 .avif, 1 .svs)"
@@ -220,10 +296,34 @@ def test_all_types_that_are_read_are_read_by_both_decoders(tmp_path):
 
 
 # ---------------------------------------------------------------- names and folders
-NAMES = ["plain.jpg", "UPPER.JPG", "Mixed.JpEg", "p.PNG", "b.Bmp", "t.TIF", "t.Tiff", "with space .png", "comma, too.png",
-         'a "quoted" one.png', "it's.png", "#1.png", "new\nline.png", "tab\t.png", "per%20cent.png", "back\\slash.png",
-         "star*[1]?.png", "äöü-細胞.png", "e\u0301.png", "\u00e9.png", "{0}.png", "$HOME.png", "-flag.png",
-         "no text \udcff\udce4.png", "double.jpg.png", " .png"]
+NAMES = [
+    "plain.jpg",
+    "UPPER.JPG",
+    "Mixed.JpEg",
+    "p.PNG",
+    "b.Bmp",
+    "t.TIF",
+    "t.Tiff",
+    "with space .png",
+    "comma, too.png",
+    'a "quoted" one.png',
+    "it's.png",
+    "#1.png",
+    "new\nline.png",
+    "tab\t.png",
+    "per%20cent.png",
+    "back\\slash.png",
+    "star*[1]?.png",
+    "äöü-細胞.png",
+    "e\u0301.png",
+    "\u00e9.png",
+    "{0}.png",
+    "$HOME.png",
+    "-flag.png",
+    "no text \udcff\udce4.png",
+    "double.jpg.png",
+    " .png",
+]
 
 
 def shade(i):
@@ -234,7 +334,7 @@ def shade(i):
 @pytest.fixture
 def named(tmp_path):
     """Data set in a folder of an odd name, of two classes of odd names, with all NAMES in each; (root, classes)."""
-    root, classes = tmp_path / "da[ta] #1, é\udcfa", ["A, \"b\"\n", "cl\udce9ß"]
+    root, classes = tmp_path / "da[ta] #1, é\udcfa", ['A, "b"\n', "cl\udce9ß"]
     for label in classes:
         (root / label).mkdir(parents=True)
         for i, name in enumerate(NAMES):
@@ -255,7 +355,9 @@ def test_files_of_every_name_are_found_and_read(named):
 
 def test_names_that_are_no_text_are_printed_all_the_same(named, tmp_path, monkeypatch, capsys):
     """The terminal takes UTF-8 alone: what is none comes as an escape. Duplicates across the two classes name every file."""
-    monkeypatch.setattr(sys, "argv", ["datasets.py", "--data", str(named[0]), "--runs", str(tmp_path / "runs")])
+    monkeypatch.setattr(
+        sys, "argv", ["datasets.py", "--data", str(named[0]), "--runs", str(tmp_path / "runs")]
+    )
     datasets.main()
     out = capsys.readouterr().out
     assert f"exact duplicates {len(NAMES)} groups, {len(NAMES)} of them across classes" in out
@@ -265,15 +367,31 @@ def test_names_that_are_no_text_are_printed_all_the_same(named, tmp_path, monkey
 def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
     """From the folder to predictions.csv and best.pt, all names are those of the disk."""
     root, classes = named
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(root), "--runs", str(tmp_path / "runs"), *(
-        "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu --workers 0 --lr 0.01 --epochs 1").split()])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--data",
+            str(root),
+            "--runs",
+            str(tmp_path / "runs"),
+            *(
+                "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu --workers 0 --lr 0.01 --epochs 1"
+            ).split(),
+        ],
+    )
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # as run_main and Python do
     assert not train.main()
     assert "cl\\udce9ß" in capsys.readouterr().out
     folder = tmp_path / "runs/train/shufflenet_v2_x0_5/random/fold0"
     read = [evaluate.read_predictions(folder / name) for name in ("predictions.csv", "val_predictions.csv")]
-    assert torch.load(folder / "best.pt", weights_only=True)["classes"] == sorted(classes) == sorted(read[0].classes)
+    assert (
+        torch.load(folder / "best.pt", weights_only=True)["classes"]
+        == sorted(classes)
+        == sorted(read[0].classes)
+    )
     tested = [path for part in read for path in part.paths]
     assert len(set(tested)) == len(tested) == round(0.36 * 2 * len(NAMES))
     assert all((root / path).is_file() for path in tested)
@@ -282,15 +400,32 @@ def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
 def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
     """Hidden files and folders, stray files, empty classes; folders may end like files."""
     keep = ["A/1.png", "A/deeper/still/2.jpg", "A/folder.png/3.png", "B/1.png"]
-    drop = ["A/.hidden.png", "A/._1.png", ".trash/1.png", "A/.thumbs/1.png", "A/Thumbs.db", "A/readme.txt", "B/1.png.part", "B/png",
-            "B/notes.csv", "list.txt", "stray.png", "also stray.JPG", ".DS_Store"]
+    drop = [
+        "A/.hidden.png",
+        "A/._1.png",
+        ".trash/1.png",
+        "A/.thumbs/1.png",
+        "A/Thumbs.db",
+        "A/readme.txt",
+        "B/1.png.part",
+        "B/png",
+        "B/notes.csv",
+        "list.txt",
+        "stray.png",
+        "also stray.JPG",
+        ".DS_Store",
+    ]
     for name in keep + drop:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_bytes(b"x")
     for name in ("empty", "hollow/deeper"):
         (tmp_path / "mine" / name).mkdir(parents=True)
     cells = datasets.open_dataset(tmp_path / "mine")
-    assert cells.paths.tolist() == keep and cells.classes == ["A", "B"] and cells.targets.tolist() == [0, 0, 0, 1]
+    assert (
+        cells.paths.tolist() == keep
+        and cells.classes == ["A", "B"]
+        and cells.targets.tolist() == [0, 0, 0, 1]
+    )
     notes = "\n".join(cells.notes)
     assert len(cells.notes) == 3 and "2 images" in notes and "outside any class folder" in notes
     assert "class folder empty holds no image" in notes and "class folder hollow holds no image" in notes
@@ -306,7 +441,10 @@ def test_a_class_that_is_a_link_to_nowhere_is_no_silent_loss(tmp_path):
 def test_a_tiff_in_which_zero_is_white_is_read_as_what_it_shows(tmp_path):
     """In 16 bits as in 8: tag 262 (PhotometricInterpretation) 0, TIFF 6.0; Pillow turns 8 bits itself on writing."""
     shown = np.linspace(20, 230, 64 * 64).reshape(64, 64)
-    for bits, stored in ((8, np.round(shown).astype(np.uint8)), (16, (65535 - np.round(257 * shown)).astype(np.uint16))):
+    for bits, stored in (
+        (8, np.round(shown).astype(np.uint8)),
+        (16, (65535 - np.round(257 * shown)).astype(np.uint16)),
+    ):
         Image.fromarray(stored).save(tmp_path / "white.tif", tiffinfo={262: 0})
         with Image.open(tmp_path / "white.tif") as image:
             assert image.tag_v2[262] == 0
@@ -321,8 +459,18 @@ def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
         (root / label / "in" / "1.png").write_bytes(b"x")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "2.png").write_bytes(b"x")
-    links = {"A/in/self": ".", "A/in/class": "..", "A/in/set": root, "A/in/above": tmp_path, "B/up": "../..", "loop": ".",
-             "B/far": tmp_path / "elsewhere", "A/3.png": "../../elsewhere/2.png", "A/in/round": "../round", "A/round": "in/round"}
+    links = {
+        "A/in/self": ".",
+        "A/in/class": "..",
+        "A/in/set": root,
+        "A/in/above": tmp_path,
+        "B/up": "../..",
+        "loop": ".",
+        "B/far": tmp_path / "elsewhere",
+        "A/3.png": "../../elsewhere/2.png",
+        "A/in/round": "../round",
+        "A/round": "in/round",
+    }
     for place, target in links.items():
         (root / place).symlink_to(target)
     (tmp_path / "elsewhere/back").symlink_to(root)
@@ -337,9 +485,19 @@ def test_system_folders_and_our_own_output_are_no_data(tmp_path, without_rights,
     """Thumbnails, recycle bins, an unreadable lost+found, and `--data .` beside a runs folder; also for new images."""
     folder, context = without_rights
     good(folder / "mine")
-    for name in ("A/@eaDir/good 0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x/1.png", "#recycle/1.png", "lost+found/1.png", "A/Thumbs/1.png",
-                 "A/.thumbnails/1.png", "__MACOSX/A/._1.png", "runs/train/resnet18/random/fold0/1.png", "runs/results/1.png", "seen/1.png",
-                 "seen/predictions.csv"):
+    for name in (
+        "A/@eaDir/good 0.png/SYNOPHOTO_THUMB_M.jpg",
+        "$RECYCLE.BIN/x/1.png",
+        "#recycle/1.png",
+        "lost+found/1.png",
+        "A/Thumbs/1.png",
+        "A/.thumbnails/1.png",
+        "__MACOSX/A/._1.png",
+        "runs/train/resnet18/random/fold0/1.png",
+        "runs/results/1.png",
+        "seen/1.png",
+        "seen/predictions.csv",
+    ):
         (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "mine" / name).write_bytes(cv2.imencode(".png", shade(1))[1].tobytes())
     (folder / "mine/lost+found").chmod(0)
@@ -347,7 +505,9 @@ def test_system_folders_and_our_own_output_are_no_data(tmp_path, without_rights,
         cells = datasets.open_dataset(folder / "mine")
         assert datasets.find_images(folder / "mine")[0] == sorted(cells.paths.tolist())
     assert cells.classes == ["A", "B"] and len(cells) == 6
-    assert sorted(cells.notes) == [f"{folder}/mine/{name} is output of these scripts: left out" for name in ("runs", "seen")]
+    assert sorted(cells.notes) == [
+        f"{folder}/mine/{name} is output of these scripts: left out" for name in ("runs", "seen")
+    ]
     (folder / "mine/lost+found").chmod(0o755)
 
 
@@ -384,7 +544,9 @@ def test_100000_files_in_one_folder_are_indexed_within_seconds(tmp_path):
 
 
 # ---------------------------------------------------------------- what cannot be read
-BOMB = png(9500, 9500, 1, 0, bytes(1189 * 9500))  # 11 KB that become 271 MB of RGB; Pillow warns from 89,478,485 pixels on
+BOMB = png(
+    9500, 9500, 1, 0, bytes(1189 * 9500)
+)  # 11 KB that become 271 MB of RGB; Pillow warns from 89,478,485 pixels on
 
 
 def good(folder, number=6):
@@ -408,8 +570,10 @@ def test_a_file_cut_anywhere_is_found(tmp_path, ending, share):
     noise.save(tmp_path / f"mine/A/cut.{ending}")
     content = (tmp_path / f"mine/A/cut.{ending}").read_bytes()
     assert check(tmp_path / "mine", tmp_path / "runs")["unreadable"] == []
-    (tmp_path / f"mine/A/cut.{ending}").write_bytes(content[:int(share * len(content))])
-    assert [path for path, _ in check(tmp_path / "mine", tmp_path / "runs")["unreadable"]] == [f"A/cut.{ending}"]
+    (tmp_path / f"mine/A/cut.{ending}").write_bytes(content[: int(share * len(content))])
+    assert [path for path, _ in check(tmp_path / "mine", tmp_path / "runs")["unreadable"]] == [
+        f"A/cut.{ending}"
+    ]
 
 
 def test_damage_that_opencv_bears_is_found(tmp_path):
@@ -421,7 +585,7 @@ def test_damage_that_opencv_bears_is_found(tmp_path):
     content[len(content) // 2] ^= 255
     (tmp_path / "mine/A/damaged.tif").write_bytes(content)
     assert datasets.read_image(tmp_path / "mine/A/damaged.tif").shape == (64, 64, 3)
-    (path, why), = check(tmp_path / "mine", tmp_path / "runs")["unreadable"]
+    ((path, why),) = check(tmp_path / "mine", tmp_path / "runs")["unreadable"]
     assert path == "A/damaged.tif" and "decoder error" in why
 
 
@@ -432,7 +596,9 @@ def test_pictures_of_too_many_pixels_are_left_out_whichever_thread_meets_them(tm
         (tmp_path / "mine" / "AB"[i % 2] / f"good {2 * i}~.png").write_bytes(BOMB)
     filters = list(warnings.filters)
     info = check(tmp_path / "mine", tmp_path / "runs", workers=8)
-    assert sorted(path for path, _ in info["unreadable"]) == sorted(f"{'AB'[i % 2]}/good {2 * i}~.png" for i in range(100))
+    assert sorted(path for path, _ in info["unreadable"]) == sorted(
+        f"{'AB'[i % 2]}/good {2 * i}~.png" for i in range(100)
+    )
     assert all("90250000 pixels" in why for _, why in info["unreadable"])
     assert warnings.filters == filters
 
@@ -442,10 +608,17 @@ def test_files_that_the_system_does_not_give_are_left_out(tmp_path):
     good(tmp_path / "mine")
     (tmp_path / "mine/A/nowhere.png").symlink_to("gone.png")
     (tmp_path / "mine/A/self.png").symlink_to("self.png")
-    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(tmp_path / "mine/B/float.tif")
+    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(
+        tmp_path / "mine/B/float.tif"
+    )
     (tmp_path / "mine/B/empty.png").touch()
     info = check(tmp_path / "mine", tmp_path / "runs")
-    assert [path for path, _ in info["unreadable"]] == ["A/nowhere.png", "A/self.png", "B/empty.png", "B/float.tif"]
+    assert [path for path, _ in info["unreadable"]] == [
+        "A/nowhere.png",
+        "A/self.png",
+        "B/empty.png",
+        "B/float.tif",
+    ]
     assert all(why for _, why in info["unreadable"])
     assert check(tmp_path / "mine", tmp_path / "again")["unreadable"] == info["unreadable"]
     with pytest.raises(ValueError, match=r"^[^\n]*B/empty.png: an empty file$"):
@@ -460,7 +633,7 @@ def test_files_and_folders_of_other_people(without_rights):
     (folder / "runs").mkdir()
     (folder / "runs").chmod(0o777)
     with context():
-        (path, why), = check(folder / "mine", folder / "runs")["unreadable"]
+        ((path, why),) = check(folder / "mine", folder / "runs")["unreadable"]
     assert path == "A/good 2.png" and "Permission denied" in why
     (folder / "mine/B").chmod(0)
     try:
@@ -479,17 +652,29 @@ def test_training_names_what_it_leaves_out(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [f"broken {i}.png cannot be read" in line for i, line in zip(range(5), said)] == [True] * 5
     assert len(said) == 6 and "2 unreadable images more" in said[5] and "mine.json" in said[5]
-    kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)]
+    kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [
+        f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)
+    ]
     assert cells.paths.tolist() == kept and cells.targets.tolist() == [0] * 7 + [1] * 6
     assert all(np.array_equal(cells[i], shade(int(path[7:-4]))) for i, path in enumerate(kept))
 
 
 def test_names_that_are_almost_the_same_are_named(tmp_path):
     """Folders that differ in case and blanks, files in two Unicode forms: two classes and two images, but said."""
-    for name in ("HSIL/1.png", "hsil/1.png", "h sil /1.png", "B/e\u0301.png", "B/\u00e9.png", "B/E.png", "B/e.png"):
+    for name in (
+        "HSIL/1.png",
+        "hsil/1.png",
+        "h sil /1.png",
+        "B/e\u0301.png",
+        "B/\u00e9.png",
+        "B/E.png",
+        "B/e.png",
+    ):
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_bytes(b"x")
     cells = datasets.open_dataset(tmp_path / "mine")
     assert len(cells.classes) == 4 and len(cells) == 7
-    assert cells.notes == ["names that are almost the same: 'HSIL', 'h sil ', 'hsil'",
-                           r"names that are almost the same: 'B/e\u0301.png', 'B/\xe9.png'"]
+    assert cells.notes == [
+        "names that are almost the same: 'HSIL', 'h sil ', 'hsil'",
+        r"names that are almost the same: 'B/e\u0301.png', 'B/\xe9.png'",
+    ]

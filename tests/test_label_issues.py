@@ -2,6 +2,7 @@
 
 Confident learning is compared with cleanlab where that is installed (pip install cleanlab); it is no requirement.
 """
+
 import csv
 
 import numpy as np
@@ -13,7 +14,22 @@ from sklearn.model_selection import StratifiedKFold
 import evaluate
 import report
 
-COUNTS = dict(NGB=500, NGS=1400, LYT=1200, MON=200, EOS=280, MMZ=150, MYB=320, PMO=580, BLA=580, ART=900, EBO=1300, HAC=60, LYI=30, FGC=20)
+COUNTS = dict(
+    NGB=500,
+    NGS=1400,
+    LYT=1200,
+    MON=200,
+    EOS=280,
+    MMZ=150,
+    MYB=320,
+    PMO=580,
+    BLA=580,
+    ART=900,
+    EBO=1300,
+    HAC=60,
+    LYI=30,
+    FGC=20,
+)
 
 
 def flip(labels, similar, share, rng):
@@ -34,7 +50,9 @@ def simulation():
     labels, wrong = flip(truth, distance.argmin(1), 0.03, rng)
     folds, p = np.zeros(len(truth), int), np.zeros((len(truth), len(COUNTS)))
     for k, (train, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(cells, labels)):
-        network = LinearDiscriminantAnalysis(priors=np.full(len(COUNTS), 1 / len(COUNTS))).fit(cells[train], labels[train])
+        network = LinearDiscriminantAnalysis(priors=np.full(len(COUNTS), 1 / len(COUNTS))).fit(
+            cells[train], labels[train]
+        )
         folds[test], p[test] = k, network.predict_proba(cells[test])
     return {"labels": labels, "wrong": wrong, "folds": folds, "p": p, "truth": truth}
 
@@ -66,7 +84,10 @@ def quality(flagged, wrong):
 def test_flipped_labels_are_found(simulation):
     """More than half of what is flagged is wrong, of 3% wrong labels; most wrong labels of classes that may be flagged are found."""
     suggested, score, flagged = search(simulation)
-    wrong, common = simulation["wrong"], np.bincount(simulation["labels"])[simulation["labels"]] >= report.ENOUGH
+    wrong, common = (
+        simulation["wrong"],
+        np.bincount(simulation["labels"])[simulation["labels"]] >= report.ENOUGH,
+    )
     precision, recall = quality(flagged[common], wrong[common])
     assert precision > 0.5 and recall > 0.75
     assert average_precision_score(wrong, score) > 0.75
@@ -114,7 +135,18 @@ def test_a_clean_fold_of_sure_predictions_has_no_flags():
 
 def test_thresholds_by_hand():
     """Class means 0.8 and 0.6: the image labelled 0 with 0.65 for class 1 is counted to 1, the one with 0.55 to none."""
-    p = np.array([[0.95, 0.05], [0.98, 0.02], [0.92, 0.08], [0.35, 0.65], [0.45, 0.55], [0.3, 0.7], [0.35, 0.65], [0.55, 0.45]])
+    p = np.array(
+        [
+            [0.95, 0.05],
+            [0.98, 0.02],
+            [0.92, 0.08],
+            [0.35, 0.65],
+            [0.45, 0.55],
+            [0.3, 0.7],
+            [0.35, 0.65],
+            [0.55, 0.45],
+        ]
+    )
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
     assert p[:5, 0].mean() == pytest.approx(0.73) and p[5:, 1].mean() == pytest.approx(0.6)
     counted, off = report.confident_joint(labels, p)
@@ -131,7 +163,10 @@ def test_a_class_absent_from_a_fold_attracts_nothing():
 
 def test_agrees_with_cleanlab(simulation):
     """The same images off the diagonal, fold by fold, as cleanlab's filter 'confident_learning', and as many as it counts."""
-    cleanlab_filter, cleanlab_count = pytest.importorskip("cleanlab.filter"), pytest.importorskip("cleanlab.count")
+    cleanlab_filter, cleanlab_count = (
+        pytest.importorskip("cleanlab.filter"),
+        pytest.importorskip("cleanlab.count"),
+    )
     labels, images = simulation["labels"], np.bincount(simulation["labels"])
     for k in range(5):
         here = simulation["folds"] == k
@@ -153,13 +188,22 @@ def write_study(folder, simulation, *, model="resnet18", init="random", p=None):
             out = csv.writer(handle)
             out.writerow(["path", "label", "prediction", *(f"p_{name}" for name in classes)])
             for i in np.flatnonzero(simulation["folds"] == k):
-                out.writerow([f"{i:05d}.jpg", classes[labels[i]], classes[p[i].argmax()], *(f"{value:.9g}" for value in p[i])])
+                out.writerow(
+                    [
+                        f"{i:05d}.jpg",
+                        classes[labels[i]],
+                        classes[p[i].argmax()],
+                        *(f"{value:.9g}" for value in p[i]),
+                    ]
+                )
 
 
 def read_tested(runs):
     """{(model, init): {fold: Predictions}} of all finished runs."""
-    return {run: {k: evaluate.read_predictions(file) for k, file in folds.items()}
-            for run, folds in evaluate.find_runs(runs).items()}
+    return {
+        run: {k: evaluate.read_predictions(file) for k, file in folds.items()}
+        for run, folds in evaluate.find_runs(runs).items()
+    }
 
 
 def test_rows_from_a_study_on_disk(simulation, tmp_path):
@@ -168,10 +212,15 @@ def test_rows_from_a_study_on_disk(simulation, tmp_path):
     rows = report.label_issues(evaluate.read_study(tmp_path), read_tested(tmp_path)).to_dict("records")
     _, score, flagged = search(simulation)
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert {row["path"] for row in rows if row["flagged"] == "yes"} == {f"{i:05d}.jpg" for i in np.flatnonzero(flagged)}
+    assert {row["path"] for row in rows if row["flagged"] == "yes"} == {
+        f"{i:05d}.jpg" for i in np.flatnonzero(flagged)
+    }
     assert len(rows) == (score > 0).sum()
     classes = list(COUNTS)
-    assert all(row["label"] == classes[simulation["labels"][int(row["path"][:5])]] != row["suggested"] for row in rows)
+    assert all(
+        row["label"] == classes[simulation["labels"][int(row["path"][:5])]] != row["suggested"]
+        for row in rows
+    )
 
 
 def test_two_networks_find_more_than_one(simulation, tmp_path):
@@ -179,7 +228,9 @@ def test_two_networks_find_more_than_one(simulation, tmp_path):
     rng = np.random.default_rng(1)
     runs = [("resnet18", "random"), ("resnet18", "imagenet")]
     for run in runs:
-        noisy = report.posterior(simulation["p"], np.ones(len(COUNTS))) * np.exp(rng.normal(0, 1.5, simulation["p"].shape))
+        noisy = report.posterior(simulation["p"], np.ones(len(COUNTS))) * np.exp(
+            rng.normal(0, 1.5, simulation["p"].shape)
+        )
         write_study(tmp_path, simulation, model=run[0], init=run[1], p=noisy / noisy.sum(1, keepdims=True))
     study, tested = evaluate.read_study(tmp_path), read_tested(tmp_path)
 
@@ -188,6 +239,7 @@ def test_two_networks_find_more_than_one(simulation, tmp_path):
         issues = report.label_issues(study, {run: tested[run] for run in chosen})
         score[[int(path[:5]) for path in issues.path]] = issues.score
         return average_precision_score(simulation["wrong"], score)
+
     assert average_precision(runs) > max(average_precision([run]) for run in runs) + 0.01
 
 
@@ -199,8 +251,15 @@ def test_contradicting_labels_come_first(simulation, tmp_path):
     names = [f"{i:05d}.jpg" for i in (one, other)]
     contradicted = {names[0]: (classes[2], "same cell as b"), names[1]: (classes[0], "same cell as a")}
     study, tested = evaluate.read_study(tmp_path), read_tested(tmp_path)
-    plain, rows = (report.label_issues(study, tested, known).to_dict("records") for known in ({}, contradicted))
+    plain, rows = (
+        report.label_issues(study, tested, known).to_dict("records") for known in ({}, contradicted)
+    )
     assert {row["path"] for row in rows[:2]} == set(names) and rows[2:] == plain
     first = next(row for row in rows if row["path"] == names[0])
-    assert (first["label"], first["suggested"], first["flagged"], first["kind"]) == (classes[0], classes[2], "yes", "same cell as b")
+    assert (first["label"], first["suggested"], first["flagged"], first["kind"]) == (
+        classes[0],
+        classes[2],
+        "yes",
+        "same cell as b",
+    )
     assert first["score"] < 0 and first["p_label"] > 0.9

@@ -3,6 +3,7 @@
 Truth comes from scikit-learn's precision_recall_fscore_support, f1_score and accuracy_score, from Python's statistics
 module, from counts by hand, and from the paper: its Table 5 has to give its Table 4 (paper/table4.csv, paper/table5.csv).
 """
+
 import contextlib
 import csv
 import io
@@ -21,8 +22,10 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 import evaluate
 
 SCORES = ("precision", "recall", "f1")
-TABLE4 = ("model,init,folds,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std,accuracy_mean,accuracy_std,"
-          "f1_fold_std,f1_common").split(",")
+TABLE4 = (
+    "model,init,folds,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std,accuracy_mean,accuracy_std,"
+    "f1_fold_std,f1_common"
+).split(",")
 TABLE5 = "class,images,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std".split(",")
 
 
@@ -44,9 +47,13 @@ def read_csv(file):
 def write_predictions(runs, run, fold, rows, classes):
     """predictions.csv of rows (path, label, prediction): 0.9 for the prediction, the others share the rest."""
     rest = f"{0.1 / (len(classes) - 1):.7g}"
-    return write_csv(runs.joinpath("train", *run, f"fold{fold}", "predictions.csv"), [
-        ["path", "label", "prediction", *(f"p_{name}" for name in classes)],
-        *([*row, *("0.9" if name == row[2] else rest for name in classes)] for row in rows)])
+    return write_csv(
+        runs.joinpath("train", *run, f"fold{fold}", "predictions.csv"),
+        [
+            ["path", "label", "prediction", *(f"p_{name}" for name in classes)],
+            *([*row, *("0.9" if name == row[2] else rest for name in classes)] for row in rows),
+        ],
+    )
 
 
 def simulate(runs, counts, networks, folds=5, seed=0):
@@ -56,12 +63,23 @@ def simulate(runs, counts, networks, folds=5, seed=0):
     """
     rng, classes, answers = np.random.default_rng(seed), list(counts), {}
     images = [(f"{name}/{i}.jpg", name, i % folds) for name, number in counts.items() for i in range(number)]
-    write_csv(runs / "split.csv", [["path", "label", *(f"fold{k}" for k in range(folds))], *(
-        [path, name, *("test" if k == fold else "train" for k in range(folds))] for path, name, fold in images)])
+    write_csv(
+        runs / "split.csv",
+        [
+            ["path", "label", *(f"fold{k}" for k in range(folds))],
+            *(
+                [path, name, *("test" if k == fold else "train" for k in range(folds))]
+                for path, name, fold in images
+            ),
+        ],
+    )
     for run, right in networks.items():
         for k in range(folds):
-            rows = [(path, name, name if rng.random() < right else classes[rng.integers(len(classes))])
-                    for path, name, fold in images if fold == k]
+            rows = [
+                (path, name, name if rng.random() < right else classes[rng.integers(len(classes))])
+                for path, name, fold in images
+                if fold == k
+            ]
             write_predictions(runs, run, k, rows, classes)
             answers[run, k] = [row[1] for row in rows], [row[2] for row in rows]
     return answers
@@ -71,21 +89,41 @@ def command(*arguments, pictures=False):
     """evaluate.py's main() without a new Python's seconds, nor a picture's: (exit status, stdout, stderr)."""
     out, err, status, message = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO(), 0, ""
     draw = evaluate.draw_confusion if pictures else lambda *_: b""
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(signal, "signal"), \
-            mock.patch.object(evaluate, "draw_confusion", draw):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(signal, "signal"),
+        mock.patch.object(evaluate, "draw_confusion", draw),
+    ):
         try:
             with mock.patch.object(sys, "argv", ["evaluate.py", *map(str, arguments)]):
                 evaluate.main()
         except SystemExit as end:
-            status, message = (end.code or 0, "") if isinstance(end.code, int | None) else (1, f"{end.code}\n")
+            status, message = (
+                (end.code or 0, "") if isinstance(end.code, int | None) else (1, f"{end.code}\n")
+            )
     out.flush()
     return status, out.buffer.getvalue().decode(), err.getvalue() + message
 
 
 # ---------------------------------------------------------------- one study, read through its files
-COUNTS = {"FGC": 23, "LYT": 99, "NGB": 120, "ABE": 3, "BLA": 100, "HAC": 1, "EOS": 60}     # in no order that matters
-NETWORKS = {("vit_l_32", "imagenet"): 0.8, ("resnet152", "mine"): 0.5, ("resnet152", "random"): 0.7,
-            ("resnext50_32x4d", "random"): 0.6, ("alexnet", "random"): 0.02, ("vit_l_32", "random"): 0.3}
+COUNTS = {
+    "FGC": 23,
+    "LYT": 99,
+    "NGB": 120,
+    "ABE": 3,
+    "BLA": 100,
+    "HAC": 1,
+    "EOS": 60,
+}  # in no order that matters
+NETWORKS = {
+    ("vit_l_32", "imagenet"): 0.8,
+    ("resnet152", "mine"): 0.5,
+    ("resnet152", "random"): 0.7,
+    ("resnext50_32x4d", "random"): 0.6,
+    ("alexnet", "random"): 0.02,
+    ("vit_l_32", "random"): 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +131,18 @@ def study(tmp_path_factory):
     """(runs, answers, stdout of --compare paper/table4.csv); resnet152 mine has four folds, alexnet one, vit_l_32 random two."""
     runs = tmp_path_factory.mktemp("study") / "runs"
     answers = simulate(runs, COUNTS, NETWORKS)
-    unfinished = {("resnet152", "mine"): [1], ("alexnet", "random"): [0, 1, 2, 4], ("vit_l_32", "random"): [0, 3, 4]}
+    unfinished = {
+        ("resnet152", "mine"): [1],
+        ("alexnet", "random"): [0, 1, 2, 4],
+        ("vit_l_32", "random"): [0, 3, 4],
+    }
     for (model, init), gone in unfinished.items():
         for fold in gone:
             shutil.rmtree(runs / "train" / model / init / f"fold{fold}")
             del answers[(model, init), fold]
-    write_predictions(runs.joinpath("pretrain"), ("vgg19_bn", "cd"), 0, [("NGB/0.jpg", "NGB", "EOS")], list(COUNTS))  # is no run
+    write_predictions(
+        runs.joinpath("pretrain"), ("vgg19_bn", "cd"), 0, [("NGB/0.jpg", "NGB", "EOS")], list(COUNTS)
+    )  # is no run
     write_csv(runs / "train/vgg19_bn/cd/fold0/val_predictions.csv", [["unfinished"]])
     write_csv(runs / "train/vgg19_bn/cd/fold01/predictions.csv", [["a copy of somebody's"]])
     status, out, err = command("--runs", runs, "--compare", ROOT / "paper/table4.csv")
@@ -112,7 +156,9 @@ def by_scikit_learn(answers, run):
     for (of_run, _), (labels, predictions) in answers.items():
         if of_run == run:
             present = sorted(set(labels))
-            columns = precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0)[:3]
+            columns = precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0)[
+                :3
+            ]
             for score, column in zip(SCORES, columns):
                 for name, value in zip(present, column):
                     values[name][score].append(float(value))
@@ -143,7 +189,9 @@ def test_scores_of_a_class_agree_with_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     classes, images = rng.integers(2, 22), rng.integers(1, 60)
     labels, predictions = rng.integers(0, classes, (2, images))
-    theirs = np.array(precision_recall_fscore_support(labels, predictions, labels=range(classes), zero_division=0)[:3])
+    theirs = np.array(
+        precision_recall_fscore_support(labels, predictions, labels=range(classes), zero_division=0)[:3]
+    )
     theirs[:, np.bincount(labels, minlength=classes) == 0] = np.nan
     np.testing.assert_allclose(evaluate.per_class_scores(labels, predictions, classes), theirs, rtol=1e-12)
 
@@ -170,7 +218,9 @@ def test_the_standard_deviation_is_the_samples():
     average, spread = evaluate.moments([1, 2, 4])
     assert (average, spread) == pytest.approx(((7 / 3), (7 / 3) ** 0.5))
     values = np.random.default_rng(0).random((5, 7))
-    assert evaluate.moments(values)[1] == pytest.approx([statistics.stdev(column) for column in values.T.tolist()])
+    assert evaluate.moments(values)[1] == pytest.approx(
+        [statistics.stdev(column) for column in values.T.tolist()]
+    )
 
 
 # ---------------------------------------------------------------- the paper's own numbers
@@ -178,18 +228,29 @@ def test_the_standard_deviation_is_the_samples():
 def published():
     """The paper's Table 5 as scores of two folds; ResNeXt's columns left aside."""
     table5 = read_csv(ROOT / "paper/table5.csv")
-    average, spread = (np.array([[float(row[f"{score}_{what}"]) for row in table5] for score in SCORES]) for what in ("mean", "std"))
-    folds = [average - spread / 2 ** 0.5, average + spread / 2 ** 0.5]      # two values of this mean and sample std
+    average, spread = (
+        np.array([[float(row[f"{score}_{what}"]) for row in table5] for score in SCORES])
+        for what in ("mean", "std")
+    )
+    folds = [average - spread / 2**0.5, average + spread / 2**0.5]  # two values of this mean and sample std
     run = {k: evaluate.Fold(np.eye(21, dtype=int), scores, 1.0) for k, scores in enumerate(folds)}
     images = np.array([int(row["images"]) for row in table5])
-    return table5, evaluate.Study([row["class"] for row in table5], images, {("regnet_y_32gf", "imagenet+cd"): run}, [], [])
+    return table5, evaluate.Study(
+        [row["class"] for row in table5], images, {("regnet_y_32gf", "imagenet+cd"): run}, [], []
+    )
 
 
 def test_the_published_table_5_gives_the_published_table_4(published):
     """Mean over classes of the means, ± the mean over classes of the stds: 0.787 ± 0.060, 0.755 ± 0.061, 0.762 ± 0.050."""
-    row, = evaluate.table4_rows(published[1])
-    theirs = next(row for row in read_csv(ROOT / "paper/table4.csv") if (row["model"], row["init"]) == ("regnet_y_32gf", "imagenet+cd"))
-    assert [theirs[f"{score}_{what}"] for score in SCORES for what in ("mean", "std")] == "0.787 0.060 0.755 0.061 0.762 0.050".split()
+    (row,) = evaluate.table4_rows(published[1])
+    theirs = next(
+        row
+        for row in read_csv(ROOT / "paper/table4.csv")
+        if (row["model"], row["init"]) == ("regnet_y_32gf", "imagenet+cd")
+    )
+    assert [
+        theirs[f"{score}_{what}"] for score in SCORES for what in ("mean", "std")
+    ] == "0.787 0.060 0.755 0.061 0.762 0.050".split()
     for score in SCORES:
         for what in ("mean", "std"):
             assert f"{row[f'{score}_{what}']:.3f}" == theirs[f"{score}_{what}"]
@@ -229,7 +290,10 @@ def test_table_5_holds_mean_and_std_over_the_folds_that_test_the_class(study, ru
 
 def test_the_images_of_table_5_are_those_of_the_data_set(study):
     for model, init in NETWORKS:
-        assert {row["class"]: int(row["images"]) for row in read_csv(study[0] / f"results/table5_{model}_{init}.csv")} == COUNTS
+        assert {
+            row["class"]: int(row["images"])
+            for row in read_csv(study[0] / f"results/table5_{model}_{init}.csv")
+        } == COUNTS
 
 
 @pytest.mark.parametrize("run", NETWORKS)
@@ -237,8 +301,12 @@ def test_table_4_is_the_mean_over_classes_of_table_5(study, run):
     row = next(row for row in read_csv(study[0] / "results/table4.csv") if (row["model"], row["init"]) == run)
     values = by_scikit_learn(study[1], run).values()
     for score in SCORES:
-        assert number(row[f"{score}_mean"]) == pytest.approx(mean(mean(one[score]) for one in values), rel=1e-5)
-        assert number(row[f"{score}_std"]) == pytest.approx(mean(std(one[score]) for one in values), rel=1e-5, nan_ok=True)
+        assert number(row[f"{score}_mean"]) == pytest.approx(
+            mean(mean(one[score]) for one in values), rel=1e-5
+        )
+        assert number(row[f"{score}_std"]) == pytest.approx(
+            mean(std(one[score]) for one in values), rel=1e-5, nan_ok=True
+        )
 
 
 @pytest.mark.parametrize("run", NETWORKS)
@@ -247,8 +315,12 @@ def test_the_other_columns_of_table_4(study, run):
     row = next(row for row in read_csv(study[0] / "results/table4.csv") if (row["model"], row["init"]) == run)
     folds = [answer for (of_run, _), answer in study[1].items() if of_run == run]
     accuracies = [accuracy_score(*answer) for answer in folds]
-    macro = [f1_score(*answer, labels=sorted(set(answer[0])), average="macro", zero_division=0) for answer in folds]
-    common = [mean(one["f1"]) for name, one in by_scikit_learn(study[1], run).items() if name in ("NGB", "BLA")]
+    macro = [
+        f1_score(*answer, labels=sorted(set(answer[0])), average="macro", zero_division=0) for answer in folds
+    ]
+    common = [
+        mean(one["f1"]) for name, one in by_scikit_learn(study[1], run).items() if name in ("NGB", "BLA")
+    ]
     assert int(row["folds"]) == len(folds)
     assert number(row["accuracy_mean"]) == pytest.approx(mean(accuracies), rel=1e-5)
     assert number(row["accuracy_std"]) == pytest.approx(std(accuracies), rel=1e-5, nan_ok=True)
@@ -259,17 +331,30 @@ def test_the_other_columns_of_table_4(study, run):
 def test_a_study_that_has_come_halfway_says_how_many_folds_a_row_has(study):
     """Neither a pre-training, nor an unfinished fold, nor a folder that is called fold01 is a run."""
     folds = {(row["model"], row["init"]): row["folds"] for row in read_csv(study[0] / "results/table4.csv")}
-    assert folds == {("resnet152", "random"): "5", ("resnet152", "mine"): "4", ("vit_l_32", "random"): "2", ("vit_l_32", "imagenet"): "5",
-                     ("resnext50_32x4d", "random"): "5", ("alexnet", "random"): "1"}
+    assert folds == {
+        ("resnet152", "random"): "5",
+        ("resnet152", "mine"): "4",
+        ("vit_l_32", "random"): "2",
+        ("vit_l_32", "imagenet"): "5",
+        ("resnext50_32x4d", "random"): "5",
+        ("alexnet", "random"): "1",
+    }
     assert not list((study[0] / "results").glob("*vgg19_bn*"))
 
 
 def test_a_class_that_a_fold_does_not_test_is_named(study):
     notes = [line for line in study[2].splitlines() if "no test image" in line]
     assert [note.lstrip("- ").split(":")[0] for note in notes] == [
-        "Fold 1 has no test image of HAC", "Fold 2 has no test image of HAC", "Fold 3 has no test image of HAC",
-        "Fold 3 has no test image of ABE", "Fold 4 has no test image of HAC", "Fold 4 has no test image of ABE"]
-    assert notes == [line for line in (study[0] / "results/table4.md").read_text().splitlines() if "no test image" in line]
+        "Fold 1 has no test image of HAC",
+        "Fold 2 has no test image of HAC",
+        "Fold 3 has no test image of HAC",
+        "Fold 3 has no test image of ABE",
+        "Fold 4 has no test image of HAC",
+        "Fold 4 has no test image of ABE",
+    ]
+    assert notes == [
+        line for line in (study[0] / "results/table4.md").read_text().splitlines() if "no test image" in line
+    ]
 
 
 def test_a_class_left_out_of_a_fold_by_hand(tmp_path):
@@ -278,10 +363,16 @@ def test_a_class_left_out_of_a_fold_by_hand(tmp_path):
     write_predictions(tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "c", "a")], "abc")
     assert command("--runs", tmp_path)[0] == 0
     a, b, c = read_csv(tmp_path / "results/table5_m_i.csv")
-    assert [number(row["recall_mean"]) for row in (a, b, c)] == [0.75, 1, 0] and b["recall_std"] == "" and c["recall_std"] == "0"
-    row, = read_csv(tmp_path / "results/table4.csv")
+    assert (
+        [number(row["recall_mean"]) for row in (a, b, c)] == [0.75, 1, 0]
+        and b["recall_std"] == ""
+        and c["recall_std"] == "0"
+    )
+    (row,) = read_csv(tmp_path / "results/table4.csv")
     assert number(row["recall_mean"]) == pytest.approx((0.75 + 1 + 0) / 3, rel=1e-5)
-    assert number(row["recall_std"]) == pytest.approx((0.5 ** 0.5 / 2 + 0) / 2, rel=1e-5)       # of 1 and 1/2: sqrt(1/8)
+    assert number(row["recall_std"]) == pytest.approx(
+        (0.5**0.5 / 2 + 0) / 2, rel=1e-5
+    )  # of 1 and 1/2: sqrt(1/8)
 
 
 def test_a_class_counts_by_its_images_in_the_split_not_by_those_tested_so_far(tmp_path):
@@ -290,7 +381,9 @@ def test_a_class_counts_by_its_images_in_the_split_not_by_those_tested_so_far(tm
     simulate(tmp_path, counts, {("m", "i"): 1}, folds=2)
     shutil.rmtree(tmp_path / "train/m/i/fold1")
     tested = read_csv(tmp_path / "train/m/i/fold0/predictions.csv")
-    write_predictions(tmp_path, ("m", "i"), 0, [(row["path"], row["label"], "a") for row in tested], list(counts))
+    write_predictions(
+        tmp_path, ("m", "i"), 0, [(row["path"], row["label"], "a") for row in tested], list(counts)
+    )
     assert command("--runs", tmp_path)[0] == 0
     assert [row["images"] for row in read_csv(tmp_path / "results/table5_m_i.csv")] == ["100", "99"]
     assert number(read_csv(tmp_path / "results/table4.csv")[0]["f1_common"]) == pytest.approx(2 / 3, rel=1e-5)
@@ -307,13 +400,24 @@ def test_without_a_split_the_images_are_those_tested_so_far(tmp_path):
 # ---------------------------------------------------------------- where nothing overlaps
 def overlapping_study(runs, seed=0):
     """A study with a validation part and pairs of overlapping images; returns what the files say, as dicts and lists."""
-    rng, answers = np.random.default_rng(seed), simulate(runs, COUNTS, {("vit_l_32", "cd"): 0.7, ("resnet152", "cd"): 0.5})
+    rng, answers = (
+        np.random.default_rng(seed),
+        simulate(runs, COUNTS, {("vit_l_32", "cd"): 0.7, ("resnet152", "cd"): 0.5}),
+    )
     split = read_csv(runs / "split.csv")
     for row in split:
         row |= {key: "val" for key in row if row[key] == "train" and rng.random() < 0.2}
     write_csv(runs / "split.csv", [list(split[0]), *(row.values() for row in split)])
-    pairs = [[split[i]["path"] for i in rng.integers(len(split), size=2)] for _ in range(60)] + [["NGB/0.jpg", "gone/1.jpg"]]
-    write_csv(runs / "overlaps.csv", [["first", "second", "dx", "dy", "difference", "area"], *([*pair, 3, -4, 0.2, 0.5] for pair in pairs)])
+    pairs = [[split[i]["path"] for i in rng.integers(len(split), size=2)] for _ in range(60)] + [
+        ["NGB/0.jpg", "gone/1.jpg"]
+    ]
+    write_csv(
+        runs / "overlaps.csv",
+        [
+            ["first", "second", "dx", "dy", "difference", "area"],
+            *([*pair, 3, -4, 0.2, 0.5] for pair in pairs),
+        ],
+    )
     return split, pairs, answers
 
 
@@ -327,20 +431,39 @@ def test_scores_where_nothing_overlaps_are_those_of_the_images_without_a_partner
         f1, accuracies = {name: [] for name in COUNTS}, []
         for k in range(5):
             part = {row["path"]: row[f"fold{k}"] for row in split}
-            shared = {one for pair in pairs for one, other in (pair, pair[::-1]) if part.get(other) == "train"}
+            shared = {
+                one for pair in pairs for one, other in (pair, pair[::-1]) if part.get(other) == "train"
+            }
             tested = [path for path in part if part[path] == "test"]
-            kept = [(label, guess) for path, label, guess in zip(tested, *answers[run, k]) if path not in shared]
+            kept = [
+                (label, guess) for path, label, guess in zip(tested, *answers[run, k]) if path not in shared
+            ]
             left_out += len(tested) - len(kept)
             labels, guesses = zip(*kept)
             present = sorted(set(labels))
             accuracies.append(accuracy_score(labels, guesses))
-            for name, value in zip(present, f1_score(labels, guesses, labels=present, average=None, zero_division=0)):
+            for name, value in zip(
+                present, f1_score(labels, guesses, labels=present, average=None, zero_division=0)
+            ):
                 f1[name].append(value)
-        row = next(row for row in read_csv(tmp_path / "results/table4.csv") if (row["model"], row["init"]) == run)
+        row = next(
+            row for row in read_csv(tmp_path / "results/table4.csv") if (row["model"], row["init"]) == run
+        )
         assert list(row) == [*TABLE4, "f1_no_overlap", "accuracy_no_overlap"]
-        assert number(row["f1_no_overlap"]) == pytest.approx(mean(map(mean, f1.values())), rel=1e-5) != number(row["f1_mean"])
-        assert number(row["accuracy_no_overlap"]) == pytest.approx(mean(accuracies), rel=1e-5) != number(row["accuracy_mean"])
-    assert left_out > 40 and f"{left_out // 2} of {len(split)} test images share pixels with a training image" in out
+        assert (
+            number(row["f1_no_overlap"])
+            == pytest.approx(mean(map(mean, f1.values())), rel=1e-5)
+            != number(row["f1_mean"])
+        )
+        assert (
+            number(row["accuracy_no_overlap"])
+            == pytest.approx(mean(accuracies), rel=1e-5)
+            != number(row["accuracy_mean"])
+        )
+    assert (
+        left_out > 40
+        and f"{left_out // 2} of {len(split)} test images share pixels with a training image" in out
+    )
     assert "(60 pairs)" in out and "1 pairs are ignored" in out
 
 
@@ -349,7 +472,9 @@ def test_an_invalid_list_of_overlaps_ends_it_in_one_line(tmp_path, content):
     overlapping_study(tmp_path)
     (tmp_path / "overlaps.csv").write_text(content)
     status, out, err = command("--runs", tmp_path)
-    assert (status, out) == (1, "") and err.startswith(f"{tmp_path / 'overlaps.csv'}: ") and err.count("\n") == 1
+    assert (
+        (status, out) == (1, "") and err.startswith(f"{tmp_path / 'overlaps.csv'}: ") and err.count("\n") == 1
+    )
 
 
 def test_no_overlap_anywhere_leaves_the_scores_as_they_are(tmp_path):
@@ -362,7 +487,11 @@ def test_no_overlap_anywhere_leaves_the_scores_as_they_are(tmp_path):
 
 def cells_of(text):
     """Rows of the tables in a Markdown text, as lists of cells."""
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def agree(cells, row):
@@ -371,12 +500,17 @@ def agree(cells, row):
         numbers = [number(row[f"{score}_{what}"]) for what in ("mean", "std")]
         there = [value for value in numbers if value == value]
         shown = cell.split(" ± ") if cell else []
-        assert [len(part) for part in shown] == [5] * len(there) and list(map(float, shown)) == pytest.approx(there, abs=0.000501)
+        assert [len(part) for part in shown] == [5] * len(there) and list(map(float, shown)) == pytest.approx(
+            there, abs=0.000501
+        )
     return True
 
 
 def test_the_tables_in_markdown_hold_the_numbers_of_the_csv(study):
-    results, (header, rule, *rows) = study[0] / "results", cells_of((study[0] / "results/table4.md").read_text())
+    results, (header, rule, *rows) = (
+        study[0] / "results",
+        cells_of((study[0] / "results/table4.md").read_text()),
+    )
     table4 = read_csv(results / "table4.csv")
     assert header[:6] == ["model", "init", "folds", *SCORES] and set("".join(rule)) == {"-"}
     assert [row[2] for row in rows] == [row["folds"] for row in table4] == ["5", "4", "2", "5", "5", "1"]
@@ -386,7 +520,11 @@ def test_the_tables_in_markdown_hold_the_numbers_of_the_csv(study):
         name = f"table5_{row['model']}_{row['init']}"
         _, _, *rows = cells_of((results / f"{name}.md").read_text())
         for cells, one in zip(rows, read_csv(results / f"{name}.csv"), strict=True):
-            assert cells[0].endswith(f"({one['class']})") and cells[1] == one["images"] and agree(cells[2:5], one)
+            assert (
+                cells[0].endswith(f"({one['class']})")
+                and cells[1] == one["images"]
+                and agree(cells[2:5], one)
+            )
 
 
 def test_table_4_is_printed_as_it_is_written(study):
@@ -399,12 +537,18 @@ def test_bone_marrow_classes_stand_in_the_order_of_the_papers_table_5(study):
     shuffled = random.Random(0).sample(order, 21)
     assert shuffled != order and evaluate.class_order(shuffled) == order
     written = [row["class"] for row in read_csv(study[0] / "results/table5_vit_l_32_imagenet.csv")]
-    assert written == [name for name in order if name in COUNTS] == ["NGB", "LYT", "EOS", "BLA", "HAC", "ABE", "FGC"]
+    assert (
+        written
+        == [name for name in order if name in COUNTS]
+        == ["NGB", "LYT", "EOS", "BLA", "HAC", "ABE", "FGC"]
+    )
 
 
 def test_other_classes_stand_in_alphabetical_order():
     assert evaluate.class_order(["scc", "hsil", "asch"]) == ["asch", "hsil", "scc"]
-    assert evaluate.class_order(["NGB", "BLA", "zebra"]) == ["BLA", "NGB", "zebra"], "not a bone marrow data set"
+    assert evaluate.class_order(["NGB", "BLA", "zebra"]) == ["BLA", "NGB", "zebra"], (
+        "not a bone marrow data set"
+    )
 
 
 def test_the_order_of_a_files_columns_changes_nothing(tmp_path):
@@ -418,7 +562,12 @@ def test_the_order_of_a_files_columns_changes_nothing(tmp_path):
 
 def test_rows_stand_in_the_order_of_the_papers_table_4_then_by_name(tmp_path):
     paper = [(row["model"], row["init"]) for row in read_csv(ROOT / "paper/table4.csv")]
-    mine = [("resnet152", "imagenet+mine"), ("resnet152", "mine"), ("alexnet", "cd"), ("mobilenet_v3_large", "random")]
+    mine = [
+        ("resnet152", "imagenet+mine"),
+        ("resnet152", "mine"),
+        ("alexnet", "cd"),
+        ("mobilenet_v3_large", "random"),
+    ]
     for model, init in random.Random(0).sample(paper + mine, 29):
         for fold in (10, 2):
             write_csv(tmp_path / "train" / model / init / f"fold{fold}" / "predictions.csv", [])
@@ -435,18 +584,22 @@ def comparison_in(out):
     start = max(i for i, line in enumerate(lines) if "theirs" in line and line.startswith("|"))
     table = cells_of("\n".join(lines[start:]))
     assert table[0] == ["model", "init", *(cell for score in SCORES for cell in (score, "theirs", "diff."))]
-    return {tuple(row[:2]): [row[i:i + 3] for i in (2, 5, 8)] for row in table[2:]}
+    return {tuple(row[:2]): [row[i : i + 3] for i in (2, 5, 8)] for row in table[2:]}
 
 
 def test_compare_prints_ours_theirs_and_the_difference(study):
     ours = {(row["model"], row["init"]): row for row in read_csv(study[0] / "results/table4.csv")}
     rows = comparison_in(study[2])
-    for name, run, theirs in ((("ViT_l_32", "ImageNet"), ("vit_l_32", "imagenet"), ("0.769", "0.687", "0.712")),
-                              (("ResNet-152", "Random"), ("resnet152", "random"), ("0.670", "0.731", "0.689"))):
+    for name, run, theirs in (
+        (("ViT_l_32", "ImageNet"), ("vit_l_32", "imagenet"), ("0.769", "0.687", "0.712")),
+        (("ResNet-152", "Random"), ("resnet152", "random"), ("0.670", "0.731", "0.689")),
+    ):
         for cells, score, published in zip(rows[name], SCORES, theirs):
             mine = number(ours[run][f"{score}_mean"])
             assert cells[1] == published and cells[2][0] in "+-"
-            assert (float(cells[0]), float(cells[2])) == pytest.approx((mine, mine - float(published)), abs=0.000501)
+            assert (float(cells[0]), float(cells[2])) == pytest.approx(
+                (mine, mine - float(published)), abs=0.000501
+            )
 
 
 def test_compare_prints_no_difference_where_one_side_is_missing(study):
@@ -471,13 +624,23 @@ def test_a_study_of_ones_own_is_compared_in_all_rows(study):
     assert status == 0 and "quoted" not in out
     rows = comparison_in(out)
     numbers = np.array(list(rows.values()), float)
-    assert len(rows) == 6 and abs(numbers[..., 0] - numbers[..., 1]).max() <= 0.0011 and abs(numbers[..., 2]).max() == 0
+    assert (
+        len(rows) == 6
+        and abs(numbers[..., 0] - numbers[..., 1]).max() <= 0.0011
+        and abs(numbers[..., 2]).max() == 0
+    )
 
 
 def test_rows_may_be_called_like_missing_values(tmp_path):
     """A row of --name NA, and the classes NA and 01, are compared as such."""
     for init in ("NA", "01"):
-        write_predictions(tmp_path, ("nan", init), 0, [("1", "NA", "NA"), ("2", "01", "NA"), ("3", "01", "01")], ["NA", "01"])
+        write_predictions(
+            tmp_path,
+            ("nan", init),
+            0,
+            [("1", "NA", "NA"), ("2", "01", "NA"), ("3", "01", "01")],
+            ["NA", "01"],
+        )
     assert command("--runs", tmp_path)[0] == 0
     status, out, _ = command("--runs", tmp_path, "--compare", tmp_path / "results/table4.csv")
     assert status == 0 and [row[0] for row in comparison_in(out)["nan", "NA"]] == ["0.750", "0.750", "0.667"]
@@ -489,4 +652,6 @@ def test_a_file_that_is_no_table_4_is_refused_in_one_line(study, tmp_path, conte
     if content is not None:
         (tmp_path / "other.csv").write_text(content)
     status, out, err = command("--runs", study[0], "--compare", tmp_path / "other.csv")
-    assert status == 1 and out == "" and err.count("\n") == 1 and err.startswith(f"{tmp_path / 'other.csv'}: ")
+    assert (
+        status == 1 and out == "" and err.count("\n") == 1 and err.startswith(f"{tmp_path / 'other.csv'}: ")
+    )

@@ -1,4 +1,5 @@
 """overlaps.py against crops whose places are known, known pairs of real cells, and components by hand."""
+
 import collections
 import csv
 import shutil

@@ -3,6 +3,7 @@
 Drives Debian's chromium over its DevTools pipe, without any library; skipped where there is none (apt-get install chromium).
 Run as a script, it leaves a simulated study to look at:    python tests/test_page.py FOLDER [images] [networks] [pre-trainings]
 """
+
 import base64
 import csv
 import json
@@ -23,8 +24,34 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import report  # noqa: E402
 
-BM = dict(zip(evaluate.CLASSES, (9968, 29424, 26242, 4040, 5883, 441, 3055, 6557, 11994, 11973, 7629, 42, 294, 19630, 3538, 2740, 27395,
-                                 409, 8, 65, 47)))
+BM = dict(
+    zip(
+        evaluate.CLASSES,
+        (
+            9968,
+            29424,
+            26242,
+            4040,
+            5883,
+            441,
+            3055,
+            6557,
+            11994,
+            11973,
+            7629,
+            42,
+            294,
+            19630,
+            3538,
+            2740,
+            27395,
+            409,
+            8,
+            65,
+            47,
+        ),
+    )
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -66,7 +93,13 @@ def simulate_run(folder, fold, study, *, quality, seed, epochs=12, val=True):
             p = np.exp(logits - logits.max(1, keepdims=True))
             write_predictions(folder / name, paths[here], labels[here], p / p.sum(1, keepdims=True), classes)
     write_log(folder / "log.csv", rng, epochs)
-    config = {"model": folder.parts[-3], "init": folder.parts[-2], "fold": fold, "epochs": epochs, "test_images": int((parts[:, fold] == "test").sum())}
+    config = {
+        "model": folder.parts[-3],
+        "init": folder.parts[-2],
+        "fold": fold,
+        "epochs": epochs,
+        "test_images": int((parts[:, fold] == "test").sum()),
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -77,7 +110,17 @@ def write_log(file, rng, epochs):
         out.writerow("epoch lr train_loss val_loss val_accuracy images_per_second seconds".split())
         for epoch in range(1, epochs + 1):
             loss = 2.5 * np.exp(-epoch / 4) + 0.1
-            out.writerow([epoch, 0.01 if epoch < 8 else 0.001, loss, loss * rng.uniform(1, 1.3), 1 - loss / 3, 100, 12.5])
+            out.writerow(
+                [
+                    epoch,
+                    0.01 if epoch < 8 else 0.001,
+                    loss,
+                    loss * rng.uniform(1, 1.3),
+                    1 - loss / 3,
+                    100,
+                    12.5,
+                ]
+            )
 
 
 def write_range_test(folder):
@@ -90,8 +133,19 @@ def write_range_test(folder):
     (folder / "measured.json").write_text(json.dumps(tried))
 
 
-def simulate_study(folder, *, models=("resnet152", "vit_l_32"), inits=("random", "imagenet", "imagenet+cd"), images=2500, folds=5, seed=0,
-                   names=(), pictures=40, cells=BM, val=True):
+def simulate_study(
+    folder,
+    *,
+    models=("resnet152", "vit_l_32"),
+    inits=("random", "imagenet", "imagenet+cd"),
+    images=2500,
+    folds=5,
+    seed=0,
+    names=(),
+    pictures=40,
+    cells=BM,
+    val=True,
+):
     """Finished runs of `cells` {class: share} and some pictures; file names for the first mislabelled images. Returns Path of runs/."""
     counts = np.maximum(np.array(list(cells.values())) * images // sum(cells.values()), 8)
     classes = list(cells)
@@ -110,7 +164,7 @@ def simulate_study(folder, *, models=("resnet152", "vit_l_32"), inits=("random",
         mine = rng.permutation(np.flatnonzero(labels == c))
         for k in range(folds):
             rest = np.setdiff1d(mine, mine[k::folds], assume_unique=True)
-            parts[mine[k::folds], k], parts[rest[:max(1, len(rest) // 5)], k] = "test", "val"
+            parts[mine[k::folds], k], parts[rest[: max(1, len(rest) // 5)], k] = "test", "val"
     runs = folder / "runs"
     runs.mkdir(parents=True)
     with open(runs / "split.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
@@ -121,7 +175,14 @@ def simulate_study(folder, *, models=("resnet152", "vit_l_32"), inits=("random",
     for m, model in enumerate(models):
         for i, init in enumerate(inits):
             for k in range(folds):
-                simulate_run(runs / "train" / model / init / f"fold{k}", k, study, quality=2 + m + 0.5 * i, seed=10 * m + i, val=val)
+                simulate_run(
+                    runs / "train" / model / init / f"fold{k}",
+                    k,
+                    study,
+                    quality=2 + m + 0.5 * i,
+                    seed=10 * m + i,
+                    val=val,
+                )
     for path in np.random.default_rng(0).permutation(paths)[:pictures] if pictures else ():
         draw_cell(folder / "bm" / path)
     return runs
@@ -130,7 +191,7 @@ def simulate_study(folder, *, models=("resnet152", "vit_l_32"), inits=("random",
 def draw_cell(file):
     """A violet disc on pink, 250 x 250."""
     y, x = np.mgrid[:250, :250] - 125
-    cell = np.where((x * x + y * y < 60 ** 2)[..., None], (90, 40, 140), (235, 215, 225)).astype(np.uint8)
+    cell = np.where((x * x + y * y < 60**2)[..., None], (90, 40, 140), (235, 215, 225)).astype(np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(cell).save(file)
 
@@ -142,11 +203,25 @@ class Browser:
     def __init__(self, folder):
         self.folder, self.events, self.number = pathlib.Path(folder), [], 0
         to_chromium, from_chromium = os.pipe(), os.pipe()
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-                   "--remote-debugging-pipe", f"--user-data-dir={folder}/profile", "about:blank"]
-        inner = f"exec 3<&{to_chromium[0]} 4>&{from_chromium[1]}; exec \"$0\" \"$@\""
-        self.process = subprocess.Popen(["bash", "-c", inner, *command], pass_fds=(to_chromium[0], from_chromium[1]),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}/profile",
+            "about:blank",
+        ]
+        inner = f'exec 3<&{to_chromium[0]} 4>&{from_chromium[1]}; exec "$0" "$@"'
+        self.process = subprocess.Popen(
+            ["bash", "-c", inner, *command],
+            pass_fds=(to_chromium[0], from_chromium[1]),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_chromium[0])
         os.close(from_chromium[1])
         self.out, self.incoming = os.fdopen(to_chromium[1], "wb"), os.fdopen(from_chromium[0], "rb")
@@ -167,7 +242,9 @@ class Browser:
     def call(self, method, **parameters):
         """Send a command and return its result; events that come meanwhile are kept."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         self.out.write(json.dumps(message).encode() + b"\0")
         self.out.flush()
         while (answer := self.read()).get("id") != self.number:
@@ -177,7 +254,13 @@ class Browser:
 
     def open(self, file, width, height=900):
         """Open a local file at a window size and wait until all of it is there."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         self.call("Page.navigate", url=pathlib.Path(file).resolve().as_uri())
         for _ in range(200):
             if self.run("document.readyState") == "complete":
@@ -198,8 +281,14 @@ class Browser:
 
     def complaints(self):
         """Uncaught exceptions, console errors and warnings, and log entries so far."""
-        found = [e["params"] for e in self.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-        return found + [e["params"] for e in self.events if e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning")]
+        found = [
+            e["params"] for e in self.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
+        ]
+        return found + [
+            e["params"]
+            for e in self.events
+            if e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning")
+        ]
 
     def close(self):
         """End the browser."""
@@ -212,7 +301,13 @@ class Browser:
 
 
 # ---------------------------------------------------------------- fixtures
-NASTY = ('a,b "c".jpg', "<img src=x onerror='window.hacked=1'>.jpg", "Zelle_ä_\udcff.jpg", "long_" + "name_" * 40 + ".jpg", "</script><b>.jpg")
+NASTY = (
+    'a,b "c".jpg',
+    "<img src=x onerror='window.hacked=1'>.jpg",
+    "Zelle_ä_\udcff.jpg",
+    "long_" + "name_" * 40 + ".jpg",
+    "</script><b>.jpg",
+)
 
 
 @pytest.fixture(scope="module")
@@ -240,29 +335,53 @@ def page(tmp_path_factory):
     """The page of a study of two networks and three pre-trainings with all that a night can leave: unfinished, failed, odd names."""
     folder = tmp_path_factory.mktemp("study")
     runs = simulate_study(folder, images=700, names=NASTY, pictures=0)
-    rows = list(csv.DictReader(open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline="")))
+    rows = list(
+        csv.DictReader(open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline=""))
+    )
     for row in rows[::3]:
         draw_cell(folder / "bm" / row["path"])
     pairs = [[a["path"], b["path"]] for a, b in zip(rows[::50], rows[1::50])]
     with open(runs / "overlaps.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
-        csv.writer(handle).writerows([["first", "second", "dx", "dy", "difference", "area"], *(pair + [60, 30, 0.15, 0.6] for pair in pairs)])
+        csv.writer(handle).writerows(
+            [
+                ["first", "second", "dx", "dy", "difference", "area"],
+                *(pair + [60, 30, 0.15, 0.6] for pair in pairs),
+            ]
+        )
     (runs / "data").mkdir()
-    scan = {"fingerprint": "f1", "sizes": {"250x250": len(rows)}, "duplicates": [[rows[0]["path"], rows[-1]["path"]]]}
+    scan = {
+        "fingerprint": "f1",
+        "sizes": {"250x250": len(rows)},
+        "duplicates": [[rows[0]["path"], rows[-1]["path"]]],
+    }
     (runs / "data/bm.json").write_text(json.dumps(scan))
     config = runs / "train/vit_l_32/imagenet+cd/fold0/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"data": "f1", "left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}))
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text())
+            | {"data": "f1", "left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}
+        )
+    )
     (runs / "train/resnet152/imagenet+cd/fold3/predictions.csv").unlink()
     shutil.rmtree(runs / "train/resnet152/imagenet+cd/fold4")
-    (runs / "train/resnet152/random/fold1/predictions.csv").write_text("path,label,prediction,p_NGB\nhalf a r")
+    (runs / "train/resnet152/random/fold1/predictions.csv").write_text(
+        "path,label,prediction,p_NGB\nhalf a r"
+    )
     for init in ("cd", "imagenet+cd"):
         (runs / "pretrain/vit_l_32" / init).mkdir(parents=True)
         write_log(runs / "pretrain/vit_l_32" / init / "log.csv", np.random.default_rng(0), 7)
     (runs / "pretrain/vit_l_32/cd/predictions.csv").write_text("")
     (runs / "logs").mkdir()
     (runs / "logs/train-resnet152-imagenet+cd-fold4.failed").touch()
-    (runs / "logs/train-resnet152-imagenet+cd-fold4.log").write_text("starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n")
+    (runs / "logs/train-resnet152-imagenet+cd-fold4.log").write_text(
+        "starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n"
+    )
     (runs / "results").mkdir()
-    inits = ("random", "imagenet", "imagenet+cd")  # heatmaps of all three, of which the page shows the best one's
+    inits = (
+        "random",
+        "imagenet",
+        "imagenet+cd",
+    )  # heatmaps of all three, of which the page shows the best one's
     for init in inits:
         Image.new("RGB", (900, 500), "teal").save(runs / f"results/gradcam_vit_l_32_{init}_FGC.png")
         write_range_test(runs / "train/vit_l_32" / init)
@@ -276,7 +395,9 @@ def test_no_complaints_and_no_network(browser, page):
     """No console error, warning or exception; nothing but the file itself is fetched."""
     browser.events.clear()
     browser.open(page, 1280)
-    fetched = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    fetched = [
+        e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in fetched if not url.startswith("data:")] == [page.resolve().as_uri()]
     assert browser.complaints() == [] and browser.run("window.hacked") is None
 
@@ -285,20 +406,33 @@ def test_no_complaints_and_no_network(browser, page):
 def test_nothing_sticks_out(browser, page, width):
     """No element reaches past the window's edge, but for what lies in a box that scrolls sideways; such a box can have the focus."""
     browser.open(page, width)
-    assert browser.run("document.documentElement.scrollWidth") == browser.run("document.documentElement.clientWidth") == width
+    assert (
+        browser.run("document.documentElement.scrollWidth")
+        == browser.run("document.documentElement.clientWidth")
+        == width
+    )
     outside = """[...document.body.querySelectorAll("*")].filter(e => !e.parentElement.closest(".wide")
         && (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5)).map(e => e.outerHTML.slice(0, 200))"""
     assert browser.run(outside) == []
-    assert browser.run("""[...document.querySelectorAll(".wide")].every(e => e.tabIndex == 0 && e.getAttribute("aria-label"))""")
+    assert browser.run(
+        """[...document.querySelectorAll(".wide")].every(e => e.tabIndex == 0 && e.getAttribute("aria-label"))"""
+    )
     if width == 1280:
-        assert browser.run("""[...document.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth).length""") == 0
+        assert (
+            browser.run(
+                """[...document.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth).length"""
+            )
+            == 0
+        )
 
 
 def test_nothing_sticks_out_in_print(browser, page):
     """As wide as A4 between margins of 10 mm (718 pixels), tables too, which do not scroll on paper."""
     browser.open(page, 718)
     browser.call("Emulation.setEmulatedMedia", media="print")
-    widest = browser.run("""Math.max(...[...document.querySelectorAll("table, img, figure, p")].map(e => e.getBoundingClientRect().right))""")
+    widest = browser.run(
+        """Math.max(...[...document.querySelectorAll("table, img, figure, p")].map(e => e.getBoundingClientRect().right))"""
+    )
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
     browser.call("Emulation.setEmulatedMedia", media="")
     assert widest <= 718
@@ -307,10 +441,14 @@ def test_nothing_sticks_out_in_print(browser, page):
 def test_all_pictures_load_and_say_what_they_show(browser, page):
     """Curves, reliability, coverage, confusion matrix, range test, heatmap, thumbnails: all inside the page, all with an alt text."""
     browser.open(page, 1280)
-    pictures = browser.run("""[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.src.slice(0, 11), i.alt, i.closest("section").id])""")
+    pictures = browser.run(
+        """[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.src.slice(0, 11), i.alt, i.closest("section").id])"""
+    )
     assert all(loaded and source == "data:image/" and alt for loaded, source, alt, _ in pictures)
     where = [section for *_, section in pictures]
-    assert {"classes": 1, "calibration": 4, "training": 5, "heatmaps": 1}.items() <= {name: where.count(name) for name in where}.items()
+    assert {"classes": 1, "calibration": 4, "training": 5, "heatmaps": 1}.items() <= {
+        name: where.count(name) for name in where
+    }.items()
     text = browser.run("document.getElementById('overlaps').textContent")
     assert "(15 pairs)" in text and "1 groups of exact duplicates" in text and "2 images show a cell" in text
     assert where.count("labels") > 5 and "image not found" in browser.run("document.body.textContent")
@@ -319,11 +457,16 @@ def test_all_pictures_load_and_say_what_they_show(browser, page):
 def test_tables_have_captions_and_headers(browser, page):
     """What a screen reader needs: language, one h1, a caption, column and row headers of every table, no heading level left out."""
     browser.open(page, 1280)
-    assert browser.run("document.documentElement.lang") == "en" and browser.run("document.querySelectorAll('h1').length") == 1
+    assert (
+        browser.run("document.documentElement.lang") == "en"
+        and browser.run("document.querySelectorAll('h1').length") == 1
+    )
     faults = """[...document.querySelectorAll("table")].filter(t => !t.getAttribute("aria-label") || t.tHead.rows[0].cells.length != t.tBodies[0].rows[0].cells.length
         || [...t.tHead.rows[0].cells].some(c => c.scope != "col") || [...t.tBodies[0].rows].some(r => r.cells[0].scope != "row")).map(t => t.outerHTML.slice(0, 300))"""
     assert browser.run(faults) == [] and browser.run("document.querySelectorAll('table').length") >= 8
-    links = browser.run("[...document.querySelectorAll('nav a')].map(a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])")
+    links = browser.run(
+        "[...document.querySelectorAll('nav a')].map(a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])"
+    )
     assert len(links) == 9 and all(there for _, there in links)
 
 
@@ -331,8 +474,16 @@ def test_progress_and_failures(browser, page):
     """Which folds are finished, which under way, what failed and why, which files can't be right, which image is unreadable."""
     browser.open(page, 1280)
     text = browser.run("document.body.textContent")
-    for part in ("finished5", "finished3", "at epoch 12 of 12", "at epoch 7 of", "Failed: train-resnet152-imagenet+cd-fold4.",
-                 "<b>torch.OutOfMemoryError</b>: CUDA out of memory", "resnet152/random/fold1/predictions.csv", "BLA/cut_in_half.jpg"):
+    for part in (
+        "finished5",
+        "finished3",
+        "at epoch 12 of 12",
+        "at epoch 7 of",
+        "Failed: train-resnet152-imagenet+cd-fold4.",
+        "<b>torch.OutOfMemoryError</b>: CUDA out of memory",
+        "resnet152/random/fold1/predictions.csv",
+        "BLA/cut_in_half.jpg",
+    ):
         assert part in text, part
 
 
@@ -356,7 +507,9 @@ def test_the_forest_plot_comes_first(browser, page):
     browser.open(page, 1280)
     assert browser.run("document.querySelector('main table, main img').className") == "forest"
     middle = "(e => { const box = e.getBoundingClientRect(); return [box.left, (box.left + box.right) / 2, box.right] })"
-    ticks = browser.run(f"[...document.querySelectorAll('.axis span')].map(e => [+e.textContent, {middle}(e)[1]])")
+    ticks = browser.run(
+        f"[...document.querySelectorAll('.axis span')].map(e => [+e.textContent, {middle}(e)[1]])"
+    )
     slope, start = np.polyfit(*zip(*ticks), 1)
     study = evaluate.read_study(page.parent.parent)
     table4, paper = evaluate.table4_rows(study), evaluate.read_table4(ROOT / "paper/table4.csv")
@@ -373,16 +526,30 @@ def test_the_forest_plot_comes_first(browser, page):
 
 def test_the_interval_is_that_of_the_corrected_t_test():
     """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 * sqrt(1/3 + 20/64) by hand."""
-    folds = {k: evaluate.Fold(np.diag([10, 10]), np.full((3, 2), f1), 64.0) for k, f1 in enumerate((0.5, 0.6, 0.7))}
+    folds = {
+        k: evaluate.Fold(np.diag([10, 10]), np.full((3, 2), f1), 64.0) for k, f1 in enumerate((0.5, 0.6, 0.7))
+    }
     row = {"model": "m", "init": "i"}
     report.add_intervals(evaluate.Study(["a", "b"], np.array([30, 30]), {("m", "i"): folds}, [], []), [row])
-    assert row["f1_high"] - 0.6 == pytest.approx(0.6 - row["f1_low"]) == pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
+    assert (
+        row["f1_high"] - 0.6
+        == pytest.approx(0.6 - row["f1_low"])
+        == pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
+    )
 
 
 def test_overlaps_are_counted_by_hand(tmp_path):
     """Images of 100 pixels, so that less than 16 of displacement is the same cell; two folds, of which each image is tested in one."""
-    split = ["path,label,fold0,fold1", "A/a,A,test,train", "B/b,B,train,test", "A/c,A,test,train", "B/d,B,val,test", "A/e,A,test,train",
-             "B/f,B,train,test", "A/g,A,train,test"]
+    split = [
+        "path,label,fold0,fold1",
+        "A/a,A,test,train",
+        "B/b,B,train,test",
+        "A/c,A,test,train",
+        "B/d,B,val,test",
+        "A/e,A,test,train",
+        "B/f,B,train,test",
+        "A/g,A,train,test",
+    ]
     (tmp_path / "split.csv").write_text("\n".join(split) + "\n")
     (tmp_path / "data").mkdir()
     scan = {"fingerprint": "f1", "sizes": {"100x100": 7, "250x250": 1}, "duplicates": [["A/e", "B/f", "A/g"]]}
@@ -391,11 +558,20 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
     found = report.of_overlaps(study := evaluate.read_study(tmp_path), tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
-    assert study.overlaps.startswith("3 of 7 test images") and found["twins"] == {("A/e", "fold0"), ("B/f", "fold1"), ("A/g", "fold1")}
+    assert study.overlaps.startswith("3 of 7 test images") and found["twins"] == {
+        ("A/e", "fold0"),
+        ("B/f", "fold1"),
+        ("A/g", "fold1"),
+    }
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
     assert {path: label for path, (label, _) in found["contradicted"].items()} == {
-        "A/a": "B", "B/b": "A", "A/e": "B", "B/f": "A", "A/g": "B"}
+        "A/a": "B",
+        "B/b": "A",
+        "A/e": "B",
+        "B/f": "A",
+        "A/g": "B",
+    }
 
 
 def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
@@ -405,13 +581,25 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
     browser.open(page, 390)
     cells = browser.run("[...document.querySelectorAll('.cell')].map(c => ({...c.dataset}))")
     press = "document.querySelectorAll('.cell')[{}].querySelector('[data-verdict={}]').click()"
-    for number, verdict in ((0, "label"), (2, "suggested"), (3, "neither"), (3, "unsure"), (4, "label"), (4, "label")):
+    for number, verdict in (
+        (0, "label"),
+        (2, "suggested"),
+        (3, "neither"),
+        (3, "unsure"),
+        (4, "label"),
+        (4, "label"),
+    ):
         browser.run(press.format(number, verdict))
     odd = next(i for i, cell in enumerate(cells) if i > 4 and ('"' in cell["path"] or "," in cell["path"]))
     browser.run(press.format(odd, "suggested"))
     browser.open(page, 1280)
     assert browser.run("document.getElementById('count').textContent") == f"4 of {len(cells)} looked at"
-    assert browser.run("document.querySelectorAll('.cell')[3].querySelector('[aria-pressed=true]').dataset.verdict") == "unsure"
+    assert (
+        browser.run(
+            "document.querySelectorAll('.cell')[3].querySelector('[aria-pressed=true]').dataset.verdict"
+        )
+        == "unsure"
+    )
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     browser.run("document.getElementById('export').click()")
     for _ in range(100):
@@ -420,30 +608,52 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
         time.sleep(0.05)
     with open(tmp_path / "verdicts.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert [(int(row["rank"]), row["verdict"]) for row in rows] == [(1, "label"), (3, "suggested"), (4, "unsure"), (odd + 1, "suggested")]
+    assert [(int(row["rank"]), row["verdict"]) for row in rows] == [
+        (1, "label"),
+        (3, "suggested"),
+        (4, "unsure"),
+        (odd + 1, "suggested"),
+    ]
     assert [row["path"] for row in rows] == [cells[i]["path"] for i in (0, 2, 3, odd)]
     assert list(rows[0]) == ["rank", "path", "label", "suggested", "score", "verdict"]
     # a page made anew, whose best network suggests another class for the first cell: nobody has judged that one
-    assert browser.run("""(() => { const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
+    assert (
+        browser.run("""(() => { const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
         delete all[key]; row.suggested = "another"; all[[row.path, row.label, row.suggested].join("\\n")] = row;
-        localStorage.setItem(store, JSON.stringify(all)); return Object.keys(all).length })()""") == 4
+        localStorage.setItem(store, JSON.stringify(all)); return Object.keys(all).length })()""")
+        == 4
+    )
     browser.open(page, 1280)
     assert browser.run("document.querySelectorAll('.cell')[0].querySelector('[aria-pressed=true]')") is None
-    assert browser.run("document.getElementById('count').textContent").startswith(f"3 of {len(cells)} looked at; 1 more")
+    assert browser.run("document.getElementById('count').textContent").startswith(
+        f"3 of {len(cells)} looked at; 1 more"
+    )
     assert browser.complaints() == []
 
 
 def test_the_gallery_shows_label_issues_flagged_ones_first(browser, page):
     """Same images in the same order but for that; the CSV reads back any file name, bytes that are no text included."""
     browser.open(page, 1280)
-    shown = browser.run("[...document.querySelectorAll('.cell')].map(c => [c.dataset.path, c.dataset.label, c.dataset.suggested])")
-    with open(page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+    shown = browser.run(
+        "[...document.querySelectorAll('.cell')].map(c => [c.dataset.path, c.dataset.label, c.dataset.suggested])"
+    )
+    with open(
+        page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline=""
+    ) as handle:
         rows = list(csv.DictReader(handle))
     assert len(shown) == 60 and len(rows) > 60
-    order = [row for row in rows if row["flagged"] == "yes"] + [row for row in rows if row["flagged"] != "yes"]
-    assert shown == [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in order[:60]]
+    order = [row for row in rows if row["flagged"] == "yes"] + [
+        row for row in rows if row["flagged"] != "yes"
+    ]
+    assert shown == [
+        [row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in order[:60]
+    ]
     assert any("\udcff" in row["path"] for row in rows)
-    assert [row["kind"].split(" as ")[0] for row in rows[:3]] == ["exact duplicate", "exact duplicate", "prediction"]
+    assert [row["kind"].split(" as ")[0] for row in rows[:3]] == [
+        "exact duplicate",
+        "exact duplicate",
+        "prediction",
+    ]
     assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.UNFOLDED
 
 
@@ -452,12 +662,24 @@ def test_nothing_has_been_run(browser, tmp_path):
     (tmp_path / "runs").mkdir()
     browser.events.clear()
     browser.open(make_page(tmp_path / "runs"), 390)
-    assert "Nothing has been begun yet" in browser.run("document.body.textContent") and browser.complaints() == []
+    assert (
+        "Nothing has been begun yet" in browser.run("document.body.textContent")
+        and browser.complaints() == []
+    )
 
 
 def test_one_fold_without_anything_beside_it(browser, tmp_path):
     """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow: all of this is said."""
-    runs = simulate_study(tmp_path, models=("resnet18",), inits=("cd",), images=180, folds=2, pictures=0, cells={"asch": 5, "hsil": 6, "scc $x$ <i>": 3}, val=False)
+    runs = simulate_study(
+        tmp_path,
+        models=("resnet18",),
+        inits=("cd",),
+        images=180,
+        folds=2,
+        pictures=0,
+        cells={"asch": 5, "hsil": 6, "scc $x$ <i>": 3},
+        val=False,
+    )
     shutil.rmtree(runs / "train/resnet18/cd/fold1")
     (runs / "train/resnet18/cd/lr_range.csv").touch()  # of a full disk
     for name in ("split.csv", "train/resnet18/cd/fold0/log.csv", "train/resnet18/cd/fold0/config.json"):
@@ -465,7 +687,16 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
     browser.events.clear()
     browser.open(make_page(runs), 390)
     text = browser.run("document.body.textContent")
-    for part in ("no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "No temperature", "BLA, FGC, HAC, PEB", "scc $x$ <i>", "finished1"):
+    for part in (
+        "no log.csv",
+        "no range test",
+        "No heatmaps yet",
+        "no val_predictions.csv",
+        "No temperature",
+        "BLA, FGC, HAC, PEB",
+        "scc $x$ <i>",
+        "finished1",
+    ):
         assert part in text, part
     assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
     assert browser.run("document.documentElement.scrollWidth") == 390
@@ -483,9 +714,15 @@ def test_eight_images_all_right_get_their_page(tmp_path):
     assert "Reliability diagram" not in html and f"--init random --runs {tmp_path / 'runs'}" in html
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "alexnet"], "no finished fold of alexnet"), (["--doubt", "vit_l_32/nowhere"], "no finished fold of vit_l_32/nowhere"),
-    (["--pairs", "/nowhere.csv"], "/nowhere.csv: no CSV with columns label,accepted"), (["--runs", "/nowhere"], "/nowhere: no such folder")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "alexnet"], "no finished fold of alexnet"),
+        (["--doubt", "vit_l_32/nowhere"], "no finished fold of vit_l_32/nowhere"),
+        (["--pairs", "/nowhere.csv"], "/nowhere.csv: no CSV with columns label,accepted"),
+        (["--runs", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
 def test_mistakes_get_one_line(page, arguments, message):
     with pytest.raises(SystemExit) as found:
         make_page(page.parent.parent, *arguments)
@@ -496,12 +733,20 @@ def test_mistakes_get_one_line(page, arguments, message):
 def test_as_a_script(page, run, tmp_path):
     """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is nothing."""
     done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith(str(page)) and len(done.stdout.splitlines()) == 1 and done.stderr == ""
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith(str(page))
+        and len(done.stdout.splitlines()) == 1
+        and done.stderr == ""
+    )
     done = run("report.py", "--runs", tmp_path / "nowhere")
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
 if __name__ == "__main__":
     size = int(sys.argv[2]) if len(sys.argv) > 2 else 2500
-    networks, starts = (list(names)[:int(n)] for names, n in zip((evaluate.MODELS, evaluate.INITS), (sys.argv[3:] + [2, 3])[:2]))
+    networks, starts = (
+        list(names)[: int(n)]
+        for names, n in zip((evaluate.MODELS, evaluate.INITS), (sys.argv[3:] + [2, 3])[:2])
+    )
     print(simulate_study(pathlib.Path(sys.argv[1]), images=size, models=networks, inits=starts))

@@ -1,4 +1,5 @@
 """New images are judged honestly: by the networks' mean, without those they were trained on, at the prior that is named."""
+
 import csv
 import shutil
 import sys
@@ -54,7 +55,9 @@ def test_a_folds_test_images_as_new_images(trained, tmp_path, monkeypatch, capsy
     own = {row["path"]: row for row in read(checkpoint(runs, 0).with_name("predictions.csv"))}
     copy_cells(cells, own, tmp_path / "new")
     used = [path for path, part in parts_of(runs, 0).items() if part != "test"]
-    copy_cells(cells, used[:3], tmp_path / "new", lambda path: f"{path[:3]}/another name {used.index(path)}.jpg")
+    copy_cells(
+        cells, used[:3], tmp_path / "new", lambda path: f"{path[:3]}/another name {used.index(path)}.jpg"
+    )
     out = tmp_path / "out"
     command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", out)
     rows = {row["path"]: row for row in read(out / "predictions.csv")}
@@ -63,17 +66,24 @@ def test_a_folds_test_images_as_new_images(trained, tmp_path, monkeypatch, capsy
         assert rows[path]["prediction"] == row["prediction"]
         for label in cells.classes:
             assert float(rows[path][f"p_{label}"]) == pytest.approx(float(row[f"p_{label}"]), abs=1e-5)
-        assert float(rows[path]["confidence"]) == max(float(rows[path][f"p_{label}"]) for label in cells.classes)
+        assert float(rows[path]["confidence"]) == max(
+            float(rows[path][f"p_{label}"]) for label in cells.classes
+        )
         assert (out / "heatmaps" / f"{path}.png").exists()
     left_out = [row["path"] for row in read(out / "left_out.csv")]
     said = capsys.readouterr().out
-    assert len(left_out) == 3 and all("another name" in path and f"{path}: not scored" in said for path in left_out)
+    assert len(left_out) == 3 and all(
+        "another name" in path and f"{path}: not scored" in said for path in left_out
+    )
     truth, predicted = [row["label"] for row in own.values()], [row["prediction"] for row in own.values()]
     report = sklearn.metrics.classification_report(truth, predicted, output_dict=True, zero_division=0)
     for row in read(out / "table5_shufflenet_v2_x0_5_prior_uniform.csv"):
         expected = report[row["class"]]
-        assert [float(row[key]) for key in ("precision_mean", "recall_mean", "f1_mean", "images")] == pytest.approx(
-            [expected[key] for key in ("precision", "recall", "f1-score", "support")], abs=1e-6)
+        assert [
+            float(row[key]) for key in ("precision_mean", "recall_mean", "f1_mean", "images")
+        ] == pytest.approx(
+            [expected[key] for key in ("precision", "recall", "f1-score", "support")], abs=1e-6
+        )
     assert float(read(out / "table4.csv")[0]["accuracy_mean"]) == pytest.approx(report["accuracy"], abs=1e-6)
     for row in read(out / "confusion_shufflenet_v2_x0_5_prior_uniform.csv"):
         assert float(row[row["class"]]) == pytest.approx(report[row["class"]]["recall"], abs=1e-6)
@@ -90,7 +100,9 @@ def test_training_images_are_known_by_name_where_their_data_is_gone(trained, tmp
     command(monkeypatch, "--checkpoint", checkpoint(tmp_path / "runs", 1), *options)
     left_out = {row["path"].removeprefix("clinic/") for row in read(tmp_path / "out" / "left_out.csv")}
     assert left_out == {example["train"], example["val"]}
-    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), checkpoint(runs, 1), *options)  # both folds saw them all
+    command(
+        monkeypatch, "--checkpoint", checkpoint(runs, 0), checkpoint(runs, 1), *options
+    )  # both folds saw them all
     assert "no scores: a checkpoint was trained on all" in capsys.readouterr().out
     shutil.copy(checkpoint(runs, 1), tmp_path / "lost.pt")
     command(monkeypatch, "--checkpoint", tmp_path / "lost.pt", *options)
@@ -123,7 +135,8 @@ def test_several_checkpoints_are_averaged_and_smears_counted(trained, tmp_path, 
         interval = scipy.stats.binomtest(number, total).proportion_ci(0.95, method="wilson")
         assert (int(row["cells"]), int(row["of"])) == (number, total)
         assert [float(row[key]) for key in ("percent", "low", "high")] == pytest.approx(
-            [100 * number / total, 100 * interval.low, 100 * interval.high], abs=0.006)
+            [100 * number / total, 100 * interval.low, 100 * interval.high], abs=0.006
+        )
 
 
 def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, monkeypatch, capsys):
@@ -136,14 +149,30 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
     cv2.imwrite(str(folder / "deep.tif"), image.astype(np.uint16) * 257)
     cv2.imwrite(str(folder / "alpha.png"), np.dstack([image, image[..., 0]]))
     cv2.imwrite(str(folder / "wide, $5 #1.bmp"), np.tile(image[:3], (1, 3, 1)))
-    (folder / "half.jpg").write_bytes(content[:len(content) // 2])
+    (folder / "half.jpg").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").touch()
     (folder / "notes.jpeg").write_text("no image")
-    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out")
+    command(
+        monkeypatch,
+        "--checkpoint",
+        checkpoint(runs, 0),
+        "--images",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+    )
     rows = read(tmp_path / "out" / "predictions.csv")
-    assert [row["path"].split("/")[-1] for row in rows] == ["alpha.png", "deep.tif", "grey.PNG", "wide, $5 #1.bmp"]
+    assert [row["path"].split("/")[-1] for row in rows] == [
+        "alpha.png",
+        "deep.tif",
+        "grey.PNG",
+        "wide, $5 #1.bmp",
+    ]
     assert sorted(row["path"].split("/")[-1] for row in read(tmp_path / "out" / "left_out.csv")) == [
-        "empty.jpg", "half.jpg", "notes.jpeg"]
+        "empty.jpg",
+        "half.jpg",
+        "notes.jpeg",
+    ]
     said = capsys.readouterr().out
     assert "1 images have an alpha channel" in said and "1 images hold 16 bits" in said
     assert all(f"sub/deeper/{name}: unreadable" in said for name in ("half.jpg", "empty.jpg", "notes.jpeg"))
@@ -151,7 +180,10 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
         shown = cv2.imread(str(tmp_path / "out" / "heatmaps" / f"{row['path']}.png"))
         original = cv2.imread(str(tmp_path / "new" / row["path"]))
         scale = gradcam.PICTURE / max(original.shape)
-        assert shown.shape[:2] == (max(1, round(original.shape[0] * scale)), 2 * round(original.shape[1] * scale))
+        assert shown.shape[:2] == (
+            max(1, round(original.shape[0] * scale)),
+            2 * round(original.shape[1] * scale),
+        )
     assert len(list((tmp_path / "out" / "heatmaps").rglob("*.png"))) == 4
 
 
@@ -164,10 +196,14 @@ def test_one_image_file(trained, tmp_path, monkeypatch, capsys):
     assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == ["x.JPG"]
     assert [file.name for file in (tmp_path / "out/heatmaps").iterdir()] == ["x.JPG.png"]
     (tmp_path / "x.txt").write_text("no image")
-    assert "x.txt: UnidentifiedImageError" in refusal(monkeypatch, *options, tmp_path / "x.txt").replace("unreadable: ", "")
+    assert "x.txt: UnidentifiedImageError" in refusal(monkeypatch, *options, tmp_path / "x.txt").replace(
+        "unreadable: ", ""
+    )
 
 
-def test_system_folders_are_no_images_and_pictures_not_read_are_listed(trained, tmp_path, monkeypatch, capsys):
+def test_system_folders_are_no_images_and_pictures_not_read_are_listed(
+    trained, tmp_path, monkeypatch, capsys
+):
     """A network drive's thumbnails and a phone's HEIC among the cells."""
     runs, cells = trained
     copy_cells(cells, cells.paths[:2], tmp_path / "new")
@@ -176,7 +212,16 @@ def test_system_folders_are_no_images_and_pictures_not_read_are_listed(trained, 
     (tmp_path / "new/@eaDir/2.heic").write_bytes(b"a thumbnail")
     for name in ("a.HEIC", "sub/b.heic", "sub/c.dcm", "notes.txt"):
         (tmp_path / "new" / name).write_bytes(b"something")
-    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out", "--no-heatmaps")
+    command(
+        monkeypatch,
+        "--checkpoint",
+        checkpoint(runs, 0),
+        "--images",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+        "--no-heatmaps",
+    )
     assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(cells.paths[:2])
     others = [row["path"] for row in read(tmp_path / "out/left_out.csv") if "type" in row["why"]]
     assert others == ["a.HEIC", "sub/b.heic", "sub/c.dcm"]
@@ -191,7 +236,15 @@ def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monke
     (tmp_path / "new").mkdir()
     for path, name in zip(cells.paths, names):
         shutil.copy(cells.root / path, tmp_path / "new" / name)
-    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out")
+    command(
+        monkeypatch,
+        "--checkpoint",
+        checkpoint(runs, 0),
+        "--images",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+    )
     assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(names)
     maps = list((tmp_path / "out/heatmaps").iterdir())
     assert len(maps) == 3 and all(cv2.imread(str(file)) is not None for file in maps)
@@ -199,20 +252,35 @@ def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monke
 
 def test_a_map_of_folder_names(trained, tmp_path, monkeypatch, capsys):
     runs, cells = trained
-    own = [row for row in read(checkpoint(runs, 0).with_name("predictions.csv")) if row["label"] in ("NGS", "LYT")]
+    own = [
+        row
+        for row in read(checkpoint(runs, 0).with_name("predictions.csv"))
+        if row["label"] in ("NGS", "LYT")
+    ]
     theirs = {"NGS": "Segmented neutrophil", "LYT": "Lymphocyte"}
     for row in own:
-        copy_cells(cells, [row["path"]], tmp_path / "new", lambda p: f"{theirs[row['label']]}/{p.split('/')[-1]}")
+        copy_cells(
+            cells, [row["path"]], tmp_path / "new", lambda p: f"{theirs[row['label']]}/{p.split('/')[-1]}"
+        )
     copy_cells(cells, [own[0]["path"]], tmp_path / "new", lambda p: "Unknown cell/1.jpg")
-    options = ("--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out",
-               "--no-heatmaps")
+    options = (
+        "--checkpoint",
+        checkpoint(runs, 0),
+        "--images",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+        "--no-heatmaps",
+    )
     command(monkeypatch, *options)
     assert "no scores" in capsys.readouterr().out and not list((tmp_path / "out").glob("table*"))
     table = tmp_path / "map.csv"
     table.write_text("Segmented neutrophil,NGS\nLymphocyte,LYT\nUnknown cell,\n")
     command(monkeypatch, *options, "--map", table)
-    images = {row["class"]: int(row["images"])
-              for row in read(tmp_path / "out" / "table5_shufflenet_v2_x0_5_prior_uniform.csv")}
+    images = {
+        row["class"]: int(row["images"])
+        for row in read(tmp_path / "out" / "table5_shufflenet_v2_x0_5_prior_uniform.csv")
+    }
     assert images == {label: sum(row["label"] == label for row in own) for label in cells.classes}
     table.write_text("Segmented neutrophil,NEUTRO\n")
     assert "NEUTRO is no class" in refusal(monkeypatch, *options, "--map", table)
@@ -225,14 +293,18 @@ def test_prior_by_hand_and_by_bayes():
     p = predict.correct(np.array([[0.6, 0.4], [0.2, 0.8]]), ratio)
     np.testing.assert_allclose(p, [[0.54 / 0.58, 0.04 / 0.58], [0.18 / 0.26, 0.08 / 0.26]])
     rng = np.random.default_rng(0)
-    frequencies = np.array([0.9, 0.09, 0.01])  # of three classes of cells, with one feature of known densities
+    frequencies = np.array(
+        [0.9, 0.09, 0.01]
+    )  # of three classes of cells, with one feature of known densities
     truth = rng.choice(3, 20000, p=frequencies)
     densities = scipy.stats.norm.pdf(rng.normal(truth * 1.5)[:, None], [0, 1.5, 3])
     uniform = densities / densities.sum(1, keepdims=True)  # what a network learns from balanced classes
     bayes = densities * frequencies / (densities * frequencies).sum(1, keepdims=True)
     corrected = predict.correct(uniform, predict.prior_ratio("train", list("abc"), [9000, 900, 100]))
     np.testing.assert_allclose(corrected, bayes)
-    precision = [sklearn.metrics.precision_score(truth, p.argmax(1), average=None)[2] for p in (uniform, corrected)]
+    precision = [
+        sklearn.metrics.precision_score(truth, p.argmax(1), average=None)[2] for p in (uniform, corrected)
+    ]
     assert precision[1] > 2 * precision[0]  # a rare class's precision is what the wrong prior costs
     assert np.array_equal(predict.prior_ratio("uniform", list("abc"), [5, 6, 0]), np.ones(3))
 
@@ -241,8 +313,18 @@ def test_prior_of_a_file(tmp_path, monkeypatch, trained):
     file = tmp_path / "prior.csv"
     file.write_text("class,frequency\nb,30\na,70\n")
     np.testing.assert_allclose(predict.prior_ratio(str(file), ["a", "b"], [10, 10]), [1.4, 0.6])
-    options = ("--checkpoint", checkpoint(trained[0], 0), "--images", trained[1].root, "--out", tmp_path / "out", "--prior")
-    assert "needs class,frequency for each of" in refusal(monkeypatch, *options, file)  # not the classes of the checkpoint
+    options = (
+        "--checkpoint",
+        checkpoint(trained[0], 0),
+        "--images",
+        trained[1].root,
+        "--out",
+        tmp_path / "out",
+        "--prior",
+    )
+    assert "needs class,frequency for each of" in refusal(
+        monkeypatch, *options, file
+    )  # not the classes of the checkpoint
     assert "No such file" in refusal(monkeypatch, *options, "natural")
     for bad in ("a,-1\nb,2\n", "a,x\nb,1\n", "a,0\nb,0\n", "a,nan\nb,1\n"):
         file.write_text(bad)
@@ -256,10 +338,25 @@ def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatc
     runs, cells = trained
     own = read(checkpoint(runs, 0).with_name("predictions.csv"))[::4]
     copy_cells(cells, [row["path"] for row in own], tmp_path / "new")
-    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "out",
-            "--no-heatmaps", "--prior", "train")
+    command(
+        monkeypatch,
+        "--checkpoint",
+        checkpoint(runs, 0),
+        "--images",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+        "--no-heatmaps",
+        "--prior",
+        "train",
+    )
     parts = parts_of(runs, 0)
-    counts = np.array([sum(path.startswith(f"{label}/") and parts[path] == "train" for path in parts) for label in cells.classes])
+    counts = np.array(
+        [
+            sum(path.startswith(f"{label}/") and parts[path] == "train" for path in parts)
+            for label in cells.classes
+        ]
+    )
     rows = {row["path"]: row for row in read(tmp_path / "out/predictions.csv")}
     right = 0
     for row in own:
@@ -268,21 +365,31 @@ def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatc
         np.testing.assert_allclose(ours, p / p.sum(), atol=1e-5)
         right += cells.classes[p.argmax()] == row["label"]
     table4 = read(tmp_path / "out/table4.csv")
-    assert [row["init"] for row in table4] == ["prior_train"]  # that of predictions.csv; as trained is printed beside
+    assert [row["init"] for row in table4] == [
+        "prior_train"
+    ]  # that of predictions.csv; as trained is printed beside
     assert float(table4[0]["accuracy_mean"]) == pytest.approx(right / len(own), abs=1e-6)
     said = capsys.readouterr().out
-    assert "prior_uniform" in said and "prior_train" in said and not (tmp_path / "out/comparisons.csv").exists()
+    assert (
+        "prior_uniform" in said and "prior_train" in said and not (tmp_path / "out/comparisons.csv").exists()
+    )
 
 
 def test_prior_beside_the_tables_of_a_run(trained, monkeypatch, capsys):
     runs, cells = trained
-    command(monkeypatch, "--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", runs, "--prior", "train")
+    command(
+        monkeypatch, "--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", runs, "--prior", "train"
+    )
     uniform, train = capsys.readouterr().out.split("prior_train\n", 1)
     recalls = []
     for fold in (0, 1):
         rows = read(checkpoint(runs, fold).with_name("predictions.csv"))
         truth, predicted = ([row[key] for row in rows] for key in ("label", "prediction"))
-        recalls.append(sklearn.metrics.recall_score(truth, predicted, average=None, labels=cells.classes, zero_division=0))
+        recalls.append(
+            sklearn.metrics.recall_score(
+                truth, predicted, average=None, labels=cells.classes, zero_division=0
+            )
+        )
     for label, mean, std in zip(cells.classes, np.mean(recalls, 0), np.std(recalls, 0, ddof=1)):
         line = next(line for line in uniform.splitlines() if f"({label})" in line)
         assert f"| {mean:.3f} ± {std:.3f} |" in line
@@ -299,30 +406,58 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_text("no image")
-    options, good = ("--images", cells.root, "--out", out), ("--checkpoint", checkpoint(runs, 0), "--out", out)
+    options, good = (
+        ("--images", cells.root, "--out", out),
+        ("--checkpoint", checkpoint(runs, 0), "--out", out),
+    )
     assert "no image found" in refusal(monkeypatch, *good, "--images", tmp_path / "empty")
     assert "no such file or folder" in refusal(monkeypatch, *good, "--images", tmp_path / "no")
     assert "none of 1 images" in refusal(monkeypatch, *good, "--images", tmp_path / "bad")
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "lightning.ckpt")
-    assert "no checkpoint of ours" in refusal(monkeypatch, "--checkpoint", tmp_path / "lightning.ckpt", *options)
+    assert "no checkpoint of ours" in refusal(
+        monkeypatch, "--checkpoint", tmp_path / "lightning.ckpt", *options
+    )
     assert "No such file" in refusal(monkeypatch, "--checkpoint", tmp_path / "none.pt", *options)
     content = models.read_checkpoint(checkpoint(runs, 1))
     torch.save(content | {"classes": content["classes"][::-1]}, tmp_path / "other.pt")
     message = refusal(monkeypatch, "--checkpoint", checkpoint(runs, 0), tmp_path / "other.pt", *options)
     assert "other.pt: of different classes" in message
     assert not out.exists()
-    for args in ((), ("--model", "resnet18"), ("--model", "resnet18", "--init", "random"), ("--checkpoint", "best.pt")):
+    for args in (
+        (),
+        ("--model", "resnet18"),
+        ("--model", "resnet18", "--init", "random"),
+        ("--checkpoint", "best.pt"),
+    ):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             predict.main()
         assert caught.value.code == 2
 
 
-def test_pictures_that_an_earlier_call_wrote_among_the_images_are_no_images(trained, tmp_path, monkeypatch, capsys):
+def test_pictures_that_an_earlier_call_wrote_among_the_images_are_no_images(
+    trained, tmp_path, monkeypatch, capsys
+):
     runs, cells = trained
     copy_cells(cells, cells.paths[:3], tmp_path / "new")
     for _ in range(2):
-        command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "new/out")
+        command(
+            monkeypatch,
+            "--checkpoint",
+            checkpoint(runs, 0),
+            "--images",
+            tmp_path / "new",
+            "--out",
+            tmp_path / "new/out",
+        )
         assert [row["path"] for row in read(tmp_path / "new/out/predictions.csv")] == sorted(cells.paths[:3])
     with pytest.raises(SystemExit, match="the images' own folder"):
-        command(monkeypatch, "--checkpoint", checkpoint(runs, 0), "--images", tmp_path / "new", "--out", tmp_path / "new/../new")
+        command(
+            monkeypatch,
+            "--checkpoint",
+            checkpoint(runs, 0),
+            "--images",
+            tmp_path / "new",
+            "--out",
+            tmp_path / "new/../new",
+        )

@@ -2,6 +2,7 @@
 
 Truth is what was done to the file; the tables that remain are compared with those of a study that never had it.
 """
+
 import itertools
 import json
 import os
@@ -40,7 +41,10 @@ def file_of(runs, run=BAD, fold=1):
 
 def tables(runs):
     """{name: content} of everything in results/, which is then removed."""
-    contents = {file.name: file.read_text(encoding="utf-8", errors="surrogateescape") for file in (runs / "results").iterdir()}
+    contents = {
+        file.name: file.read_text(encoding="utf-8", errors="surrogateescape")
+        for file in (runs / "results").iterdir()
+    }
     shutil.rmtree(runs / "results")
     return contents
 
@@ -59,53 +63,81 @@ def assert_left_out(runs, file, *reasons):
 
 def test_a_sound_study_gives_no_line_and_status_0(sound):
     status, _, err = command("--runs", sound)
-    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(sound / "results/table4.csv")] == ["3", "3"]
+    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(sound / "results/table4.csv")] == [
+        "3",
+        "3",
+    ]
     tables(sound)
 
 
 # ---------------------------------------------------------------- one file alone
 def replace(old, new):
     """A damage to the file's bytes that must find what it replaces."""
+
     def damage(content):
         assert old in content
         return content.replace(old, new, 1)
+
     return damage
 
 
 def row(number, change):
     """A damage to one row, given as its list of fields."""
+
     def damage(content):
         lines = content.split(b"\r\n")
         lines[number] = b",".join(change(lines[number].split(b",")))
         return b"\r\n".join(lines)
+
     return damage
 
 
-NO_TABLE, NO_SUM = "is no table of path,label,prediction,p_<CLASS>...", "'BLA/4.jpg' has probabilities that don't add up to 1"
+NO_TABLE, NO_SUM = (
+    "is no table of path,label,prediction,p_<CLASS>...",
+    "'BLA/4.jpg' has probabilities that don't add up to 1",
+)
 DAMAGES = {
     "empty": (lambda content: b"", "ends in the middle of a row"),
     "line end alone": (lambda content: b"\r\n", "No columns"),
-    "zeros": (lambda content: b"\0" * len(content), "ends in the middle of a row"),            # as after a power failure
-    "header alone": (lambda content: content[:content.index(b"\n") + 1], NO_TABLE),
+    "zeros": (
+        lambda content: b"\0" * len(content),
+        "ends in the middle of a row",
+    ),  # as after a power failure
+    "header alone": (lambda content: content[: content.index(b"\n") + 1], NO_TABLE),
     "half a row": (lambda content: content[:-4], "ends in the middle of a row"),
     "half a line end": (lambda content: content[:-1], "ends in the middle of a row"),
     "zeros and a line end": (lambda content: content[:-40] + b"\0" * 39 + b"\n", ""),
     "of another program": (lambda content: b"image;class\r\n1.jpg;BLA\r\n", NO_TABLE),
     "picture": (lambda content: bytes(range(256)) * 9 + b"\n", ""),
     "UTF-16": (lambda content: content.decode().encode("utf-16") + b"\n", ""),
-    "no header": (lambda content: content[content.index(b"\n") + 1:], NO_TABLE),
+    "no header": (lambda content: content[content.index(b"\n") + 1 :], NO_TABLE),
     "log.csv": (lambda content: b"epoch,lr,train_loss,val_loss\r\n1,0.1,2,2\r\n", NO_TABLE),
     "no classes": (lambda content: b"path,label,prediction\r\n1,BLA,BLA\r\n", ""),
     "class twice": (replace(b"p_LYT", b"p_BLA"), ""),
     "row too short": (row(3, lambda fields: fields[:-1]), "could not convert"),
     "row too long": (row(3, lambda fields: fields + [b"0"]), "Expected 6 fields in line 4, saw 7"),
-    "all rows too long": (lambda content: content.replace(b"\r\n", b",0\r\n").replace(b",0\r\n", b"\r\n", 1), ""),
+    "all rows too long": (
+        lambda content: content.replace(b"\r\n", b",0\r\n").replace(b",0\r\n", b"\r\n", 1),
+        "",
+    ),
     "two rows in one": (lambda content: re.sub(rb"\r\n(?=BLA/10)", b"", content), "Expected 6 fields"),
-    "row twice": (lambda content: content + content.splitlines(True)[2], "'BLA/4.jpg' appears more than once"),
-    "file twice": (lambda content: content + content[content.index(b"\n") + 1:], "appears more than once"),
-    "unknown label": (row(2, lambda fields: [fields[0], b"ABE", *fields[2:]]), "'BLA/4.jpg' has a class that is not in the header"),
-    "unknown prediction": (row(2, lambda fields: [*fields[:2], b"7", *fields[3:]]), "'BLA/4.jpg' has a class that is not in the header"),
-    "label missing": (row(2, lambda fields: [fields[0], b"", *fields[2:]]), "'BLA/4.jpg' has a class that is not in the header"),
+    "row twice": (
+        lambda content: content + content.splitlines(True)[2],
+        "'BLA/4.jpg' appears more than once",
+    ),
+    "file twice": (lambda content: content + content[content.index(b"\n") + 1 :], "appears more than once"),
+    "unknown label": (
+        row(2, lambda fields: [fields[0], b"ABE", *fields[2:]]),
+        "'BLA/4.jpg' has a class that is not in the header",
+    ),
+    "unknown prediction": (
+        row(2, lambda fields: [*fields[:2], b"7", *fields[3:]]),
+        "'BLA/4.jpg' has a class that is not in the header",
+    ),
+    "label missing": (
+        row(2, lambda fields: [fields[0], b"", *fields[2:]]),
+        "'BLA/4.jpg' has a class that is not in the header",
+    ),
     "open quote": (row(2, lambda fields: [b'"' + fields[0], *fields[1:]]), "EOF inside string"),
     "NaN": (row(2, lambda fields: [*fields[:3], b"nan", b"nan", b"nan"]), NO_SUM),
     "one NaN": (row(2, lambda fields: [*fields[:-1], b"NaN"]), NO_SUM),
@@ -132,9 +164,15 @@ def test_a_folder_in_the_place_of_a_file_is_named_too(runs):
 
 def test_ties_and_rounding_are_no_damage(tmp_path):
     """Two equal probabilities, and seven digits that add up to 0.9999999."""
-    file = write_csv(tmp_path / "predictions.csv", [
-        ["path", "label", "prediction", "p_a", "p_b", "p_c"], ["1", "a", "b", "0.3333333", "0.3333333", "0.3333333"],
-        ["2", "a", "c", "0.4999999", "0.0000001", "0.4999999"], ["3", "b", "a", "1", "0", "1e-30"]])
+    file = write_csv(
+        tmp_path / "predictions.csv",
+        [
+            ["path", "label", "prediction", "p_a", "p_b", "p_c"],
+            ["1", "a", "b", "0.3333333", "0.3333333", "0.3333333"],
+            ["2", "a", "c", "0.4999999", "0.0000001", "0.4999999"],
+            ["3", "b", "a", "1", "0", "1e-30"],
+        ],
+    )
     assert evaluate.read_predictions(file).predictions.tolist() == [1, 2, 0]
 
 
@@ -144,10 +182,12 @@ def test_a_file_cut_at_any_byte_is_named(runs):
     file = file_of(runs)
     content = file.read_bytes()
     ends = [match.end() for match in re.finditer(b"\n", content)]
-    for length in {*range(0, len(content), 7), *range(len(content) - 30, len(content)), *ends} - {len(content)}:
+    for length in {*range(0, len(content), 7), *range(len(content) - 30, len(content)), *ends} - {
+        len(content)
+    }:
         file.write_bytes(content[:length])
         study = evaluate.read_study(runs)
-        problem, = study.problems
+        (problem,) = study.problems
         assert problem.startswith(f"{file}: ") and "\n" not in problem and list(study.runs[BAD]) == [0, 2]
 
 
@@ -159,7 +199,9 @@ def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
         damaged = bytearray(content)
         for _ in range(rng.randint(1, 3)):
             place = rng.randrange(len(content))
-            damaged[place:place + rng.randint(0, 2)] = bytes(rng.choices(b'\0\n\r,"nai-+e.0919 \xff\xc3BLANGBp_', k=rng.randint(0, 2)))
+            damaged[place : place + rng.randint(0, 2)] = bytes(
+                rng.choices(b'\0\n\r,"nai-+e.0919 \xff\xc3BLANGBp_', k=rng.randint(0, 2))
+            )
         file.write_bytes(damaged)
         try:
             one = evaluate.read_predictions(file)
@@ -168,15 +210,25 @@ def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
             refused += 1
         else:
             shape = len(one.paths), len(one.classes)
-            assert one.probabilities.shape == shape and (one.probabilities >= 0).all() and (one.probabilities <= 1.001).all()
-            assert max(one.labels.max(), one.predictions.max()) < shape[1] and one.labels.shape == one.predictions.shape == shape[:1]
+            assert (
+                one.probabilities.shape == shape
+                and (one.probabilities >= 0).all()
+                and (one.probabilities <= 1.001).all()
+            )
+            assert (
+                max(one.labels.max(), one.predictions.max()) < shape[1]
+                and one.labels.shape == one.predictions.shape == shape[:1]
+            )
     assert 100 < refused < 400
 
 
 def test_a_missing_file_is_an_unfinished_run_and_no_fault(runs):
     file_of(runs).unlink()
     status, _, err = command("--runs", runs)
-    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(runs / "results/table4.csv")] == ["3", "2"]
+    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(runs / "results/table4.csv")] == [
+        "3",
+        "2",
+    ]
 
 
 def test_several_damaged_files_give_a_line_each(runs):
@@ -185,7 +237,9 @@ def test_several_damaged_files_give_a_line_each(runs):
         file.write_bytes(file.read_bytes()[:-9])
     status, _, err = command("--runs", runs)
     assert status == 1 and [line.split(": ")[0] for line in err.splitlines()] == list(map(str, files))
-    assert [(row["model"], row["folds"]) for row in read_csv(runs / "results/table4.csv")] == [("resnet152", "2")]
+    assert [(row["model"], row["folds"]) for row in read_csv(runs / "results/table4.csv")] == [
+        ("resnet152", "2")
+    ]
 
 
 # ---------------------------------------------------------------- files that contradict each other
@@ -203,7 +257,11 @@ def test_another_set_of_classes(runs):
 def test_a_label_that_differs_from_the_split(runs):
     rows = rows_of(file_of(runs))
     rows[0][1] = "NGB"
-    assert_left_out(runs, write_predictions(runs, BAD, 1, rows, list(COUNTS)), "1 images are not in the test part of fold1 with this label, e.g. 'BLA/1.jpg'")
+    assert_left_out(
+        runs,
+        write_predictions(runs, BAD, 1, rows, list(COUNTS)),
+        "1 images are not in the test part of fold1 with this label, e.g. 'BLA/1.jpg'",
+    )
 
 
 def test_images_of_another_fold(runs):
@@ -214,11 +272,19 @@ def test_images_of_another_fold(runs):
 
 def test_an_image_that_the_data_set_has_not(runs):
     rows = rows_of(file_of(runs))
-    assert_left_out(runs, write_predictions(runs, BAD, 1, [["BLA/999.jpg", *rows[0][1:]], *rows[1:]], list(COUNTS)), "'BLA/999.jpg'")
+    assert_left_out(
+        runs,
+        write_predictions(runs, BAD, 1, [["BLA/999.jpg", *rows[0][1:]], *rows[1:]], list(COUNTS)),
+        "'BLA/999.jpg'",
+    )
 
 
 def test_fewer_rows_than_the_split_has_test_images(runs):
-    assert_left_out(runs, write_predictions(runs, BAD, 1, rows_of(file_of(runs))[:-2], list(COUNTS)), "has 13 rows for 15 test images")
+    assert_left_out(
+        runs,
+        write_predictions(runs, BAD, 1, rows_of(file_of(runs))[:-2], list(COUNTS)),
+        "has 13 rows for 15 test images",
+    )
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -245,7 +311,14 @@ def notes_on_settings(runs, **changes):
     """The notes that name a setting; all six config.json alike but for changes {run's model and fold: its own settings}."""
     for run in (GOOD, BAD):
         for fold in range(3):
-            config = {"epochs": 75, "image_size": 224, "lr": 0.01, "data": "abc", "optimizer": "sgd", "schedule": "plateau"}
+            config = {
+                "epochs": 75,
+                "image_size": 224,
+                "lr": 0.01,
+                "data": "abc",
+                "optimizer": "sgd",
+                "schedule": "plateau",
+            }
             config |= changes.get(f"{run[0]}{fold}", {})
             file_of(runs, run, fold).with_name("config.json").write_text(json.dumps(config))
     status, out, err = command("--runs", runs)
@@ -258,11 +331,14 @@ def test_settings_that_differ_between_folds_or_rows_are_named_below_the_table(ru
     assert notes_on_settings(runs) == []
     assert notes_on_settings(runs, **{f"{BAD[0]}1": {"epochs": 3, "lr": 0.5}}) == [
         "ViT_l_32 ImageNet: its folds used different epochs (3, 75), so they don't repeat one experiment.",
-        "ViT_l_32 ImageNet: its folds used different lr (0.01, 0.5), so they don't repeat one experiment."]
+        "ViT_l_32 ImageNet: its folds used different lr (0.01, 0.5), so they don't repeat one experiment.",
+    ]
     own = {"image_size": 64, "lr": 0.5, "optimizer": "adamw", "schedule": "cosine"}
     assert notes_on_settings(runs, **{f"{BAD[0]}{fold}": own for fold in range(3)}) == [
-        "The rows used different image_size (224, 64).", "The rows used different optimizer (adamw, sgd).",
-        "The rows used different schedule (cosine, plateau)."]
+        "The rows used different image_size (224, 64).",
+        "The rows used different optimizer (adamw, sgd).",
+        "The rows used different schedule (cosine, plateau).",
+    ]
 
 
 def test_images_that_cant_be_read_are_no_images_of_the_data_set(runs):
@@ -271,11 +347,17 @@ def test_images_that_cant_be_read_are_no_images_of_the_data_set(runs):
     name = sorted(COUNTS)[0]
     (runs / "split.csv").write_bytes((runs / "split.csv").read_bytes() + extra.replace("LYT", name).encode())
     command("--runs", runs)
-    counted = {row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")}
+    counted = {
+        row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")
+    }
     assert counted == COUNTS | {name: COUNTS[name] + 1}
-    file_of(runs).with_name("config.json").write_text(json.dumps({"left_out": [[f"{name}/broken.jpg", "OSError: cut short"]]}))
+    file_of(runs).with_name("config.json").write_text(
+        json.dumps({"left_out": [[f"{name}/broken.jpg", "OSError: cut short"]]})
+    )
     command("--runs", runs)
-    assert {row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")} == COUNTS
+    assert {
+        row["class"]: int(row["images"]) for row in read_csv(runs / f"results/table5_{'_'.join(BAD)}.csv")
+    } == COUNTS
 
 
 @pytest.mark.parametrize("config", ["", "{", "null", "[1, 2]", "\xff"])
@@ -291,11 +373,22 @@ def test_a_fold_that_the_split_has_not(runs):
     file.parent.mkdir()
     shutil.copy(file_of(runs), file)
     status, _, err = command("--runs", runs)
-    assert status == 1 and err.startswith(f"{file}: 15 images are not in the test part of fold3 with this label")
+    assert status == 1 and err.startswith(
+        f"{file}: 15 images are not in the test part of fold3 with this label"
+    )
 
 
-@pytest.mark.parametrize("content", ["", "path,label\n1,a\n", "path,label,fold1\n1,a,test\n", "path,label,fold0\n1,a,test\n1,a,test\n",
-                                     'path,label,fold0\n"1,a,test\n', "path,label,fold0\n1,a,test,b\n1,a,test\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "path,label\n1,a\n",
+        "path,label,fold1\n1,a,test\n",
+        "path,label,fold0\n1,a,test\n1,a,test\n",
+        'path,label,fold0\n"1,a,test\n',
+        "path,label,fold0\n1,a,test,b\n1,a,test\n",
+    ],
+)
 def test_a_split_that_cant_be_right_ends_it_in_one_line(runs, content):
     """There is no rest to make tables of: every run is measured by it."""
     (runs / "split.csv").write_text(content)
@@ -322,31 +415,73 @@ def test_nothing_to_read_at_all_ends_in_one_line_more(tmp_path, made):
 def test_the_script_itself_prints_no_traceback(runs, run):
     """In a process of its own, in a locale that has no ±: one line, status 1, tables."""
     file_of(runs).write_bytes(b"half\xff")
-    done = run("evaluate.py", "--runs", runs, env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONWARNINGS="error"))
-    assert done.returncode == 1 and done.stderr == f"{file_of(runs)}: ends in the middle of a row\n" and "ResNet-152" in done.stdout
+    done = run(
+        "evaluate.py", "--runs", runs, env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONWARNINGS="error")
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr == f"{file_of(runs)}: ends in the middle of a row\n"
+        and "ResNet-152" in done.stdout
+    )
     assert (runs / "results" / "confusion_resnet152_random.png").read_bytes().startswith(b"\x89PNG")
 
 
-NASTY = ["plain", "comma, too", 'a "quoted" one', "new\nline", "carriage\rreturn", "ä-細胞", "not UTF-8 \udcff\udc80", " space ",
-         "'; --", "$x_1$", "a|b", "nan", "#hash", "p_nan"]
+NASTY = [
+    "plain",
+    "comma, too",
+    'a "quoted" one',
+    "new\nline",
+    "carriage\rreturn",
+    "ä-細胞",
+    "not UTF-8 \udcff\udc80",
+    " space ",
+    "'; --",
+    "$x_1$",
+    "a|b",
+    "nan",
+    "#hash",
+    "p_nan",
+]
 
 
 def test_names_of_every_kind_read_back(tmp_path):
     """As classes, images and an initialisation; what is printed holds each on one line."""
     init = "a,\"b'\nc\udcff|d"
-    rows = [(f"{name}/{other}", name, name if i % 3 else other) for i, (name, other) in enumerate(itertools.product(NASTY, NASTY))]
+    rows = [
+        (f"{name}/{other}", name, name if i % 3 else other)
+        for i, (name, other) in enumerate(itertools.product(NASTY, NASTY))
+    ]
     for fold in (0, 1):
         write_predictions(tmp_path, ("mine", init), fold, rows[fold::2], NASTY)
-    write_csv(tmp_path / "split.csv", [["path", "label", "fold0", "fold1"], *(
-        [path, name, *(("test", "train") if i % 2 == 0 else ("train", "test"))] for i, (path, name, _) in enumerate(rows))])
+    write_csv(
+        tmp_path / "split.csv",
+        [
+            ["path", "label", "fold0", "fold1"],
+            *(
+                [path, name, *(("test", "train") if i % 2 == 0 else ("train", "test"))]
+                for i, (path, name, _) in enumerate(rows)
+            ),
+        ],
+    )
     read = evaluate.read_predictions(file_of(tmp_path, ("mine", init), 0))
-    assert list(zip(read.paths, (read.classes[i] for i in read.labels), (read.classes[i] for i in read.predictions))) == rows[::2]
+    assert (
+        list(
+            zip(
+                read.paths,
+                (read.classes[i] for i in read.labels),
+                (read.classes[i] for i in read.predictions),
+            )
+        )
+        == rows[::2]
+    )
     status, out, err = command("--runs", tmp_path)
     assert (status, err) == (0, "") and "a,\"b\\'\\nc\\udcff\\|d" in out
     table5 = read_csv(tmp_path / f"results/table5_mine_{init}.csv")
-    assert [row["class"] for row in table5] == sorted(NASTY) and {row["images"] for row in table5} == {str(len(NASTY))}
+    assert [row["class"] for row in table5] == sorted(NASTY) and {row["images"] for row in table5} == {
+        str(len(NASTY))
+    }
     right = {name: sum(label == prediction == name for _, label, prediction in rows) for name in NASTY}
-    for row in table5:                                      # 7 images a fold
+    for row in table5:  # 7 images a fold
         assert float(row["recall_mean"]) == pytest.approx(right[row["class"]] / len(NASTY), rel=1e-5)
     assert read_csv(tmp_path / "results/table4.csv")[0]["init"] == init
     lines = (tmp_path / f"results/table5_mine_{init}.md").read_text().splitlines()
@@ -356,16 +491,28 @@ def test_names_of_every_kind_read_back(tmp_path):
 def test_an_image_of_any_name_is_named_in_one_line(tmp_path):
     """Also where the folder's own name has a line end."""
     runs = tmp_path / "new\nline"
-    write_predictions(runs, GOOD, 0, [("a\nb\udcff", "x", "x"), ("c", "y", "x"), ("a\nb\udcff", "x", "y")], "xy")
+    write_predictions(
+        runs, GOOD, 0, [("a\nb\udcff", "x", "x"), ("c", "y", "x"), ("a\nb\udcff", "x", "y")], "xy"
+    )
     write_predictions(runs, BAD, 0, [("1", "x", "x"), ("2", "y", "y")], "xy")
     status, _, err = command("--runs", runs)
-    assert status == 1 and err.count("\n") == 1 and "'a\\nb\\udcff' appears more than once" in err and "new\\nline" in err
+    assert (
+        status == 1
+        and err.count("\n") == 1
+        and "'a\\nb\\udcff' appears more than once" in err
+        and "new\\nline" in err
+    )
 
 
 def test_both_line_ends_and_quotes_around_everything_are_read_alike(runs):
     file = file_of(runs)
     before, content = evaluate.read_predictions(file), file.read_bytes()
-    quoted = b"\r\n".join(b",".join(b'"%b"' % field for field in line.split(b",")) for line in content.split(b"\r\n")[:-1]) + b"\r\n"
+    quoted = (
+        b"\r\n".join(
+            b",".join(b'"%b"' % field for field in line.split(b",")) for line in content.split(b"\r\n")[:-1]
+        )
+        + b"\r\n"
+    )
     for other in (content.replace(b"\r\n", b"\n"), quoted, quoted.replace(b"\r\n", b"\n")):
         file.write_bytes(other)
         after = evaluate.read_predictions(file)

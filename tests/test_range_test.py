@@ -2,6 +2,7 @@
 
 Truth comes from numpy.geomspace for the rates and from a softmax regression trained by hand in NumPy for the losses.
 """
+
 import collections
 import csv
 import json
@@ -22,9 +23,22 @@ import models
 import train
 
 RATES = np.geomspace(1e-7, 10, 100)
-MEAN, STD = np.array([0.5, 0.4, 0.6]), np.array([20, 25, 22])  # large ones keep the regression stable up to a rate of 10
-SETTINGS = {"seed": 3, "image_size": 8, "mean": MEAN, "std": STD, "crop": True, "workers": 0, "device": torch.device("cpu"),
-            "amp": "off", "memory_format": "contiguous", "batch_size": 8}
+MEAN, STD = (
+    np.array([0.5, 0.4, 0.6]),
+    np.array([20, 25, 22]),
+)  # large ones keep the regression stable up to a rate of 10
+SETTINGS = {
+    "seed": 3,
+    "image_size": 8,
+    "mean": MEAN,
+    "std": STD,
+    "crop": True,
+    "workers": 0,
+    "device": torch.device("cpu"),
+    "amp": "off",
+    "memory_format": "contiguous",
+    "batch_size": 8,
+}
 
 
 # ---------------------------------------------------------------- how it is run
@@ -37,7 +51,9 @@ def cells():
         image[:] = (60 if i < 20 else 180, 40 + 9 * i, 250 - 9 * i)
         image[:, 6:, 0] += 20
         pictures[f"{i}.png"] = image
-    return datasets.Cells(".", "two", ["A", "B"], list(pictures), np.arange(23) >= 20, read=pictures.__getitem__)
+    return datasets.Cells(
+        ".", "two", ["A", "B"], list(pictures), np.arange(23) >= 20, read=pictures.__getitem__
+    )
 
 
 def regression(seen, size=8):
@@ -104,10 +120,14 @@ def test_its_batches_are_those_of_the_training(cells, crop):
 def test_it_uses_the_layout_of_the_training(cells, layout):
     seen = []
     train.range_test(regression(seen), cells, **SETTINGS | {"memory_format": layout})
-    assert {batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in seen} == {layout == "channels_last"}
+    assert {batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in seen} == {
+        layout == "channels_last"
+    }
 
 
-@pytest.mark.parametrize("amp, precision", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    "amp, precision", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_it_uses_the_precision_of_the_training(cells, amp, precision):
     """Mixed precision follows the hand-made losses to its three digits, but not to float32's seven."""
     seen = []
@@ -120,14 +140,18 @@ def test_it_uses_the_precision_of_the_training(cells, amp, precision):
 
 def test_the_number_of_data_workers_changes_nothing(cells):
     """Two runs, one with a worker process: the same losses, bit for bit."""
-    alone, shared = (train.range_test(regression([]), cells, **SETTINGS | {"workers": workers}) for workers in (0, 1))
+    alone, shared = (
+        train.range_test(regression([]), cells, **SETTINGS | {"workers": workers}) for workers in (0, 1)
+    )
     assert alone == shared
 
 
 def test_a_network_that_diverges_ends_the_test(cells):
     """Three linear layers without normalisation explode long before a rate of 10: the library stops at five times the best loss."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)
+    )
     rates, losses = train.range_test(net, cells, **SETTINGS | {"std": np.full(3, 0.02)})
     assert len(rates) == len(losses) < 100 and not losses[-1] < 5 * min(losses)
 
@@ -147,7 +171,13 @@ def train_py(*arguments):
 
 def place(runs, fold=None):
     """The folder of the runs' one model and init, or of a fold of it."""
-    return pathlib.Path(runs) / "train" / "shufflenet_v2_x0_5" / "random" / ("" if fold is None else f"fold{fold}")
+    return (
+        pathlib.Path(runs)
+        / "train"
+        / "shufflenet_v2_x0_5"
+        / "random"
+        / ("" if fold is None else f"fold{fold}")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +204,24 @@ def measured(pictures, tmp_path_factory):
 def test_what_is_kept_of_it(measured):
     """measured.json, and the rate and the loss of every step as CSV."""
     folder = place(measured / "then")
-    assert {file.name for file in folder.iterdir()} == {"measured.json", "measured.lock", "lr_range.csv", "fold1"}
+    assert {file.name for file in folder.iterdir()} == {
+        "measured.json",
+        "measured.lock",
+        "lr_range.csv",
+        "fold1",
+    }
     found = json.loads((folder / "measured.json").read_text())
     with open(folder / "lr_range.csv", newline="") as file:
         header, *rows = csv.reader(file)
     rates, losses = np.array(rows, float).T
-    assert header == ["lr", "loss"] and np.allclose(rates, RATES[:len(rates)], rtol=1e-9, atol=0)
+    assert header == ["lr", "loss"] and np.allclose(rates, RATES[: len(rates)], rtol=1e-9, atol=0)
     assert len(losses) == len(rates) > 50
     tried = [rate for rate, _ in found["candidates"]]
-    assert found["lr"] == train.middle_rate(found["candidates"], np.full(3, 2))[0] and max(tried) < rates[-1] and len(tried) == 5
+    assert (
+        found["lr"] == train.middle_rate(found["candidates"], np.full(3, 2))[0]
+        and max(tried) < rates[-1]
+        and len(tried) == 5
+    )
     assert json.loads((folder / "fold1/config.json").read_text())["lr"] == found["lr"]
 
 
@@ -190,8 +229,13 @@ def test_it_is_done_once_on_fold_0_whichever_fold_comes_first(measured, pictures
     """Fold 1 first: fold 0 measures nothing anew, and a runs folder where fold 0 came first has the same curve and rate."""
     names = ("measured.json", "lr_range.csv")
     assert train_py("--data", pictures, "--runs", measured / "now", "--fold", 0) == 0
-    assert all((place(measured / "now") / name).read_bytes() == (place(measured / "then") / name).read_bytes() for name in names)
-    assert (place(measured / "now") / "lr_range.csv").stat().st_mtime < (place(measured / "now", 0) / "config.json").stat().st_mtime
+    assert all(
+        (place(measured / "now") / name).read_bytes() == (place(measured / "then") / name).read_bytes()
+        for name in names
+    )
+    assert (place(measured / "now") / "lr_range.csv").stat().st_mtime < (
+        place(measured / "now", 0) / "config.json"
+    ).stat().st_mtime
     assert train_py("--data", pictures, "--runs", tmp_path, "--fold", 0) == 0
     for name in ("measured.json", "lr_range.csv"):
         assert (place(tmp_path) / name).read_bytes() == (place(measured / "now") / name).read_bytes()
@@ -205,26 +249,53 @@ def test_it_sees_the_training_images_of_fold_0_and_no_other(measured, pictures):
     with open(place(measured / "then") / "lr_range.csv", newline="") as file:
         written = [float(row["loss"]) for row in csv.DictReader(file)]
     info = json.loads((measured / "then/data/bm.json").read_text())
-    settings = SETTINGS | {"seed": 0, "image_size": 32, "mean": info["mean"], "std": info["std"], "memory_format": "channels_last"}
+    settings = SETTINGS | {
+        "seed": 0,
+        "image_size": 32,
+        "mean": info["mean"],
+        "std": info["std"],
+        "memory_format": "channels_last",
+    }
     for fold in (0, 1):
-        paths = [row["path"] for label in ("LYT", "EOS", "EBO") for row in rows if row[f"fold{fold}"] == "train" and row["label"] == label]
-        part = datasets.Cells(pictures, "bm", ["LYT", "EOS", "EBO"], paths, np.repeat([0, 1, 2], len(paths) // 3))
+        paths = [
+            row["path"]
+            for label in ("LYT", "EOS", "EBO")
+            for row in rows
+            if row[f"fold{fold}"] == "train" and row["label"] == label
+        ]
+        part = datasets.Cells(
+            pictures, "bm", ["LYT", "EOS", "EBO"], paths, np.repeat([0, 1, 2], len(paths) // 3)
+        )
         paths.sort(key=lambda path: (part.classes.index(path[:3]), path))
         part.paths = np.array(paths)
         train.seed_all(train.WEIGHTS, 0, 0)
-        _, losses = train.range_test(models.build_model("shufflenet_v2_x0_5", 3, image_size=32), part, **settings)
+        _, losses = train.range_test(
+            models.build_model("shufflenet_v2_x0_5", 3, image_size=32), part, **settings
+        )
         assert (losses == written) == (fold == 0)
 
 
 def same_run(one, other):
     """Do two folders hold the same training? log.csv but for time, the weights bit by bit, the predictions byte by byte."""
+
     def log(folder):
         with open(folder / "log.csv", newline="") as file:
-            return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
-    first, second = (torch.load(folder / "best.pt", weights_only=True)["state_dict"] for folder in (one, other))
-    return (log(one) == log(other) and all((one / name).read_bytes() == (other / name).read_bytes()
-                                           for name in ("predictions.csv", "val_predictions.csv"))
-            and all(torch.equal(value, second[key]) for key, value in first.items()))
+            return [
+                {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in csv.DictReader(file)
+            ]
+
+    first, second = (
+        torch.load(folder / "best.pt", weights_only=True)["state_dict"] for folder in (one, other)
+    )
+    return (
+        log(one) == log(other)
+        and all(
+            (one / name).read_bytes() == (other / name).read_bytes()
+            for name in ("predictions.csv", "val_predictions.csv")
+        )
+        and all(torch.equal(value, second[key]) for key, value in first.items())
+    )
 
 
 def test_a_run_is_the_same_with_a_range_test_before_it_or_without(measured, pictures, tmp_path):
@@ -234,7 +305,21 @@ def test_a_run_is_the_same_with_a_range_test_before_it_or_without(measured, pict
     shutil.copy(place(measured / "then") / "measured.json", place(tmp_path / "read"))
     assert train_py("--data", pictures, "--runs", tmp_path / "read", "--fold", 1) == 0
     assert not (place(tmp_path / "read") / "lr_range.csv").exists()
-    assert train_py("--data", pictures, "--runs", tmp_path / "given", "--fold", 1, "--lr", rate, "--memory-format", "channels_last") == 0
+    assert (
+        train_py(
+            "--data",
+            pictures,
+            "--runs",
+            tmp_path / "given",
+            "--fold",
+            1,
+            "--lr",
+            rate,
+            "--memory-format",
+            "channels_last",
+        )
+        == 0
+    )
     assert not place(tmp_path / "given").joinpath("measured.json").exists()
     for runs in ("read", "given"):
         assert same_run(place(tmp_path / runs, 1), place(measured / "then", 1))
@@ -244,7 +329,10 @@ def test_a_short_run_takes_the_middle_rate_and_says_so(pictures, tmp_path, capsy
     """Two epochs of 3 steps cannot pay for a range test: 0.003, once, for all folds."""
     assert train_py("--data", pictures, "--runs", tmp_path, "--epochs", 2, "--fold", 2, 0) == 0
     out = capsys.readouterr().out
-    assert out.count("too few steps to try rates: learning rate 0.003") == 1 and not (place(tmp_path) / "lr_range.csv").exists()
+    assert (
+        out.count("too few steps to try rates: learning rate 0.003") == 1
+        and not (place(tmp_path) / "lr_range.csv").exists()
+    )
     for fold in (0, 2):
         with open(place(tmp_path, fold) / "log.csv", newline="") as file:
             assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.003] * 2
@@ -278,7 +366,11 @@ def test_the_rates_are_tried_and_kept_with_their_recalls(cells, tmp_path):
     found = json.loads((tmp_path / "measured.json").read_text())
     tried, scores = zip(*found["candidates"])
     assert tried == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) and max(scores) > 1 / 2
-    assert found["lr"] == rate == train.middle_rate(found["candidates"], np.unique(val.targets, return_counts=True)[1])[0]
+    assert (
+        found["lr"]
+        == rate
+        == train.middle_rate(found["candidates"], np.unique(val.targets, return_counts=True)[1])[0]
+    )
     again = [train.try_lr(regression([]), cells, val, lr, steps=40, **part) for lr in tried]
     assert again == list(scores)  # (200 epochs x 3 steps / 2 - 100) / 5 rates
 
@@ -286,14 +378,24 @@ def test_the_rates_are_tried_and_kept_with_their_recalls(cells, tmp_path):
 RATES_TRIED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-@pytest.mark.parametrize("recalls, number", [
-    ((0.2, 0.6, 0.2, 0.2, 0.2), 1), ((1, 0.5, 0.5, 0.5, 0.5), 1),  # one stands out
-    ((0.2, 0.6, 0.6, 0.2, 0.2), 2), ((0.6, 0.6, 0.6, 0.1, 0.1), 3), ((0.2, 1, 1, 0.2, 0.2), 2)])  # as good as each other
+@pytest.mark.parametrize(
+    "recalls, number",
+    [
+        ((0.2, 0.6, 0.2, 0.2, 0.2), 1),
+        ((1, 0.5, 0.5, 0.5, 0.5), 1),  # one stands out
+        ((0.2, 0.6, 0.6, 0.2, 0.2), 2),
+        ((0.6, 0.6, 0.6, 0.1, 0.1), 3),
+        ((0.2, 1, 1, 0.2, 0.2), 2),
+    ],
+)  # as good as each other
 def test_the_middle_of_the_good_rates_is_taken(recalls, number):
     """The geometric mean of those that are as good as the best, with two digits."""
     good = [rate for rate, recall in zip(RATES_TRIED, recalls) if recall == max(recalls)]
     assert len(good) == number
-    assert train.middle_rate(list(zip(RATES_TRIED, recalls)), np.full(10, 80)) == (float(f"{stats.gmean(good):.2g}"), True)
+    assert train.middle_rate(list(zip(RATES_TRIED, recalls)), np.full(10, 80)) == (
+        float(f"{stats.gmean(good):.2g}"),
+        True,
+    )
 
 
 def test_rates_are_weighted_by_the_chance_of_such_a_difference():
@@ -304,7 +406,9 @@ def test_rates_are_weighted_by_the_chance_of_such_a_difference():
     weights = stats.norm.pdf([0.04, 0, 0.05, 0.12, 0.4], scale=error)
     rate, _ = train.middle_rate(list(zip(RATES_TRIED, (0.56, 0.6, 0.55, 0.48, 0.2))), images)
     assert rate == pytest.approx(stats.gmean(RATES_TRIED, weights=weights), rel=0.03)
-    assert min(abs(math.log(rate / other)) for other in (stats.gmean(RATES_TRIED[:3]), *RATES_TRIED)) > 0.1  # a case that matters
+    assert (
+        min(abs(math.log(rate / other)) for other in (stats.gmean(RATES_TRIED[:3]), *RATES_TRIED)) > 0.1
+    )  # a case that matters
 
 
 def test_chance_is_no_learning():
@@ -318,7 +422,9 @@ def test_chance_is_no_learning():
 @pytest.mark.parametrize("optimizer, epochs, expected", [("sgd", 100, []), ("adamw", 160, [3e-5])])
 def test_half_of_the_steps_at_most(cells, tmp_path, optimizer, epochs, expected):
     """300 steps leave 50 after the range test, ten for each rate: too few; AdamW's rates are a tenth of SGD's."""
-    train.find_lr(tmp_path, lambda seed: regression([]), cells, cells, epochs=epochs, optimizer=optimizer, **SETTINGS)
+    train.find_lr(
+        tmp_path, lambda seed: regression([]), cells, cells, epochs=epochs, optimizer=optimizer, **SETTINGS
+    )
     found = json.loads((tmp_path / "measured.json").read_text())
     assert [rate for rate, _ in found["candidates"]][:1] == expected
 
@@ -327,7 +433,14 @@ def test_rare_classes_are_all_looked_at(cells, tmp_path):
     """2,000 validation images at most, a thousand of either class, so that all 40 of the rarer one are among them."""
     seen = collections.Counter()
     paths, targets = [f"{i}.png" for i in range(1540)], np.repeat([0, 1], (1500, 40))
-    val = datasets.Cells(".", "two", cells.classes, paths, targets, read=lambda path: seen.update([path]) or np.zeros((12, 12, 3), np.uint8))
+    val = datasets.Cells(
+        ".",
+        "two",
+        cells.classes,
+        paths,
+        targets,
+        read=lambda path: seen.update([path]) or np.zeros((12, 12, 3), np.uint8),
+    )
     train.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=140, optimizer="sgd", **SETTINGS)
     assert set(seen.values()) == {2 * 5} and len(seen) == 1040  # two looks for each of five rates
     assert set(paths[1500:]) <= set(seen)
@@ -343,8 +456,20 @@ def test_a_fold_0_without_images_is_said(cells, tmp_path, rows):
 
 def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, capsys):
     """Black pictures: all networks name one class, whose recall of 1 makes 1/2 in the mean; this is said."""
-    black = datasets.Cells(".", "two", cells.classes, cells.paths, cells.targets, read=lambda path: np.zeros((12, 12, 3), np.uint8))
-    assert train.find_lr(tmp_path, lambda seed: regression([]), black, black, epochs=200, optimizer="sgd", **SETTINGS) == 0.0031
+    black = datasets.Cells(
+        ".",
+        "two",
+        cells.classes,
+        cells.paths,
+        cells.targets,
+        read=lambda path: np.zeros((12, 12, 3), np.uint8),
+    )
+    assert (
+        train.find_lr(
+            tmp_path, lambda seed: regression([]), black, black, epochs=200, optimizer="sgd", **SETTINGS
+        )
+        == 0.0031
+    )
     assert "no network learned in the trial: learning rate 0.0031" in capsys.readouterr().out
 
 
@@ -352,21 +477,50 @@ def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, ca
 def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json, and keeps what else stands in it; a damaged one is named."""
     (tmp_path / "measured.json").write_text('{"more": [1]}')
-    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
+    rate = train.find_lr(
+        tmp_path, lambda seed: regression([]), cells, cells, epochs=1, optimizer="sgd", **SETTINGS
+    )
     assert json.loads((tmp_path / "measured.json").read_text()) == {
-        "more": [1], "candidates": [], "lr": rate, "optimizer": "sgd", "batch_size": 8, "image_size": 8, "seed": 3,
-        "epochs": 1, "data": None, "weights": None}
+        "more": [1],
+        "candidates": [],
+        "lr": rate,
+        "optimizer": "sgd",
+        "batch_size": 8,
+        "image_size": 8,
+        "seed": 3,
+        "epochs": 1,
+        "data": None,
+        "weights": None,
+    }
     assert train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS) == rate
     (tmp_path / "measured.json").write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
         train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("optimizer", "adamw"), ("image_size", 16), ("batch_size", 4), ("epochs", 75), ("seed", 0), ("data", "other"), ("weights", "others")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("optimizer", "adamw"),
+        ("image_size", 16),
+        ("batch_size", 4),
+        ("epochs", 75),
+        ("seed", 0),
+        ("data", "other"),
+        ("weights", "others"),
+    ],
+)
 def test_a_rate_of_other_settings_is_not_taken(cells, tmp_path, key, value):
     """A rate of SGD is a hundred times too high for AdamW: the row needs a folder of its own."""
-    (tmp_path / "measured.json").write_text('{"lr": 0.1, "optimizer": "sgd", "image_size": 8, "batch_size": 8, '
-                                            '"epochs": 1, "seed": 3, "data": "cells", "weights": null}')
+    (tmp_path / "measured.json").write_text(
+        '{"lr": 0.1, "optimizer": "sgd", "image_size": 8, "batch_size": 8, '
+        '"epochs": 1, "seed": 3, "data": "cells", "weights": null}'
+    )
     with pytest.raises(SystemExit, match=f"measured with {key}.*not {value}.*--name"):
-        train.find_lr(tmp_path, None, cells, cells, **({"optimizer": "sgd", "epochs": 1, "data": "cells"} | SETTINGS | {key: value}))
+        train.find_lr(
+            tmp_path,
+            None,
+            cells,
+            cells,
+            **({"optimizer": "sgd", "epochs": 1, "data": "cells"} | SETTINGS | {key: value}),
+        )

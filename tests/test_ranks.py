@@ -1,4 +1,5 @@
 """One run over several processes (torchrun): the same protocol, and an end in every case."""
+
 import csv
 import json
 import os
@@ -15,9 +16,34 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # without batch norm and dropout: what each rank computes does not depend on how a batch is shared
-VIT = ["--model", "vit_b_32", "--init", "random", "--fold", 0, "--image-size", 64, "--batch-size", 16, "--lr", 0.003,
-       "--epochs", 2]
-SMALL = ["--model", "shufflenet_v2_x0_5", "--init", "random", "--fold", 0, "--image-size", 32, "--batch-size", 8]
+VIT = [
+    "--model",
+    "vit_b_32",
+    "--init",
+    "random",
+    "--fold",
+    0,
+    "--image-size",
+    64,
+    "--batch-size",
+    16,
+    "--lr",
+    0.003,
+    "--epochs",
+    2,
+]
+SMALL = [
+    "--model",
+    "shufflenet_v2_x0_5",
+    "--init",
+    "random",
+    "--fold",
+    0,
+    "--image-size",
+    32,
+    "--batch-size",
+    8,
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +59,35 @@ class Run:
     """train.py on a number of ranks, in a session of its own."""
 
     def __init__(self, ranks, cells, runs, *arguments):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *launcher, ROOT / "train.py", *arguments, "--data", cells, "--runs", runs,
-                   "--amp", "off", "--device", "cpu", "--workers", 0]
+        launcher = (
+            [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        )
+        command = [
+            sys.executable,
+            *launcher,
+            ROOT / "train.py",
+            *arguments,
+            "--data",
+            cells,
+            "--runs",
+            runs,
+            "--amp",
+            "off",
+            "--device",
+            "cpu",
+            "--workers",
+            0,
+        ]
         runs.mkdir(parents=True, exist_ok=True)
         self.output = runs / "output.txt"
         with open(self.output, "a") as output:
-            self.process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT,
-                                            env=ENVIRONMENT, start_new_session=True)
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
 
     def end(self, seconds=1200):
         """(exit status, all that was printed); whatever still runs then is killed, and the test fails."""
@@ -56,7 +103,9 @@ class Run:
         found = []
         for task in children.parent.parent.iterdir():
             found += [int(pid) for pid in (task / "children").read_text().split()]
-        return sorted(pid for pid in found if b"train.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+        return sorted(
+            pid for pid in found if b"train.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
 
     def wait_for(self, condition, seconds=900):
         """Wait until condition() holds."""
@@ -124,7 +173,9 @@ def test_range_test_on_two_ranks_ends_with_the_rate_of_one_process(cells, tmp_pa
     for ranks in (1, 2):
         status, output = Run(ranks, cells, tmp_path / str(ranks), *arguments).end()
         assert status == 0, output
-    one, two = (json.loads((tmp_path / n / "train/shufflenet_v2_x0_5/random/measured.json").read_text()) for n in "12")
+    one, two = (
+        json.loads((tmp_path / n / "train/shufflenet_v2_x0_5/random/measured.json").read_text()) for n in "12"
+    )
     assert two["lr"] == pytest.approx(one["lr"])
     assert curve(tmp_path / "2", "lr") == [pytest.approx(two["lr"])]
 

@@ -4,6 +4,7 @@ Truth comes from rates and epochs worked out by hand for written-down validation
 plateau rule written anew, and from scikit-learn's log loss. The network's validation losses are written down, too: a hook
 answers for it, so that fit itself is tested and nothing of it replaced.
 """
+
 import argparse
 import csv
 import inspect
@@ -21,7 +22,13 @@ import datasets
 import evaluate
 import train
 
-SETTINGS = {"image_size": 4, "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 4, "memory_format": "contiguous"}
+SETTINGS = {
+    "image_size": 4,
+    "mean": (0, 0, 0),
+    "std": (1, 1, 1),
+    "batch_size": 4,
+    "memory_format": "contiguous",
+}
 
 
 def cells_of(images, targets):
@@ -30,7 +37,9 @@ def cells_of(images, targets):
     return datasets.Cells(".", "mine", ["A", "B"], list(pictures), targets, read=pictures.__getitem__)
 
 
-BLACK = cells_of(np.zeros((4, 4, 4, 3), np.uint8), [0, 1, 0, 1])  # without a bias their logits are 0 whatever the weights
+BLACK = cells_of(
+    np.zeros((4, 4, 4, 3), np.uint8), [0, 1, 0, 1]
+)  # without a bias their logits are 0 whatever the weights
 
 
 def linear():
@@ -56,10 +65,11 @@ def scripted(losses=None, right=None, fail=None):
             return None
         sign = torch.tensor([1.0, -1.0, 1.0, -1.0])  # of the right answer's margin
         if right is not None:
-            sign[right[module.epoch - 1]:] *= -1
+            sign[right[module.epoch - 1] :] *= -1
             return torch.stack([sign, -sign], 1)
         margin = -np.log(np.expm1(losses[module.epoch - 1]))  # log(1 + exp(-margin)) is the loss
         return torch.stack([sign * margin / 2, -sign * margin / 2], 1)
+
     net.register_forward_hook(answer)
     return net
 
@@ -126,7 +136,9 @@ def test_the_rate_is_the_same_if_the_run_was_interrupted(tmp_path, stop):
 def test_stop_lr_ends_a_run_below_that_share_of_the_initial_rate(tmp_path, share, epochs):
     """The rates of a constant loss are 1, 0.1, 0.01 and 0.001 of the initial one, from epochs 1, 6, 10 and 14: equal is not below."""
     assert len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs
-    assert len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs  # nor does it go on when asked again
+    assert (
+        len(fitted(tmp_path, linear(), 14, stop_lr=share)["epoch"]) == epochs
+    )  # nor does it go on when asked again
 
 
 # ---------------------------------------------------------------- another optimizer and schedule
@@ -153,7 +165,12 @@ def test_the_first_step_of_adamw_by_hand():
 
 
 # ---------------------------------------------------------------- the epoch that is tested
-RIGHT = {"later equals": ([2, 3, 3, 1, 3], 2), "the last": ([1, 2, 1, 3], 4), "all equal": ([2, 2, 2, 2], 1), "falling": ([4, 3, 2, 1], 1)}
+RIGHT = {
+    "later equals": ([2, 3, 3, 1, 3], 2),
+    "the last": ([1, 2, 1, 3], 4),
+    "all equal": ([2, 2, 2, 2], 1),
+    "falling": ([4, 3, 2, 1], 1),
+}
 
 
 @pytest.mark.parametrize("stop", [None, 1, 2, 3])
@@ -183,9 +200,21 @@ def test_defaults_are_the_papers():
     parser = argparse.ArgumentParser()
     train.add_options(parser)
     found = vars(parser.parse_args(["--model", "vit_l_32"]))
-    assert (found["epochs"], found["batch_size"], found["image_size"], found["lr"], found["stop_lr"]) == (75, 32, 224, "auto", 0)
+    assert (found["epochs"], found["batch_size"], found["image_size"], found["lr"], found["stop_lr"]) == (
+        75,
+        32,
+        224,
+        "auto",
+        0,
+    )
     own = {name: one.default for name, one in inspect.signature(train.fit).parameters.items()}
-    assert (own["epochs"], own["batch_size"], own["image_size"], own["stop_lr"], own["crop"]) == (75, 32, 224, 0, True)
+    assert (own["epochs"], own["batch_size"], own["image_size"], own["stop_lr"], own["crop"]) == (
+        75,
+        32,
+        224,
+        0,
+        True,
+    )
 
 
 def test_weights_without_a_gradient_stay_as_they_are(tmp_path):
@@ -200,10 +229,14 @@ def test_training_is_sgd_with_momentum_on_cross_entropy(tmp_path):
     """Against NumPy: v = 0.9 v + g, w = w - rate v, over 3 epochs of 3 steps, momentum kept from epoch to epoch."""
     rng, seen = np.random.default_rng(0), []
     images = rng.integers(0, 256, (9, 4, 4, 3), np.uint8)
-    images[:, 1:3, 1:3, 0] = np.where(np.arange(9) < 5, 40, 200)[:, None, None]  # the middle's red says the class
+    images[:, 1:3, 1:3, 0] = np.where(np.arange(9) < 5, 40, 200)[
+        :, None, None
+    ]  # the middle's red says the class
     images[:, :, :, 0] = images[:, 1:2, 1:2, 0]
     cells, net = cells_of(images, np.arange(9) >= 5), linear()
-    net.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()) if module.training else None)
+    net.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone()) if module.training else None
+    )
     w, v, losses = net[1].weight.detach().double().numpy().copy(), 0, []
     found = fitted(tmp_path, net, 3, cells)
     assert [len(batch) for batch in seen] == [4] * 9  # 9 images are three batches of 4
@@ -231,13 +264,17 @@ def test_momentum_starts_from_nothing_where_fp16_overflows_in_the_first_steps(tm
         columns = fitted(tmp_path, net, 20, cells, lr=1e-5, amp="fp16")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert columns["val_loss"][0] == columns["val_loss"][1] != columns["val_loss"][-1]  # nothing moved, then it did
+    assert (
+        columns["val_loss"][0] == columns["val_loss"][1] != columns["val_loss"][-1]
+    )  # nothing moved, then it did
     assert torch.isfinite(net[1].weight).all() and not torch.equal(net[1].weight, before)
 
 
 def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
     seen, net = [], linear()
-    net.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])) if module.training else None)
+    net.register_forward_pre_hook(
+        lambda module, given: seen.append(len(given[0])) if module.training else None
+    )
     forty = cells_of(np.zeros((40, 4, 4, 3), np.uint8), np.arange(40) % 2)
     settings = {key: value for key, value in SETTINGS.items() if key != "batch_size"}
     train.fit(tmp_path, net, forty, forty, lr=0.1, epochs=1, **settings)
@@ -247,16 +284,24 @@ def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
 def test_no_gradients_are_held_while_the_activations_grow(tmp_path):
     """A set of gradients is as large as the network: freed before the forward pass, it is not part of the peak."""
     net, held = linear(), []
-    net.register_forward_pre_hook(lambda module, given: held.append(net[1].weight.grad) if module.training else None)
+    net.register_forward_pre_hook(
+        lambda module, given: held.append(net[1].weight.grad) if module.training else None
+    )
     fitted(tmp_path, net, 3)
     assert held == [None] * 3
 
 
-@pytest.mark.parametrize("capability, amp", [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "off")])
+@pytest.mark.parametrize(
+    "capability, amp",
+    [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "off")],
+)
 def test_precision_is_what_the_gpu_is_made_for(monkeypatch, capability, amp):
     """Tensor cores compute in bf16 from Ampere on (8.0), in fp16 from Volta on (7.0); Pascal has none."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert train.choose_amp(torch.device("cuda")) == amp and train.choose_amp(torch.device("cuda"), "off") == "off"
+    assert (
+        train.choose_amp(torch.device("cuda")) == amp
+        and train.choose_amp(torch.device("cuda"), "off") == "off"
+    )
 
 
 # ---------------------------------------------------------------- a run
@@ -269,8 +314,10 @@ def finished(tmp_path_factory):
         for i in range(count):
             image = np.clip(rng.normal((red, 120, 120), 40, (32, 32, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(image).save(folder / "mine" / label / f"{i}.png")
-    arguments = (f"--model shufflenet_v2_x0_5 --init random --data {folder}/mine --runs {folder} --fold 1 --image-size 32 --batch-size 22 "
-                 "--workers 0 --device cpu --amp off --lr 0.02 --stop-lr 0.05").split()
+    arguments = (
+        f"--model shufflenet_v2_x0_5 --init random --data {folder}/mine --runs {folder} --fold 1 --image-size 32 --batch-size 22 "
+        "--workers 0 --device cpu --amp off --lr 0.02 --stop-lr 0.05"
+    ).split()
     before, sys.argv = sys.argv, ["train.py", *arguments]
     try:
         assert train.main() == 0
@@ -297,24 +344,39 @@ def test_validation_loss_and_accuracy_are_over_all_images_as_they_come(finished)
     best = torch.load(folder / "best.pt", weights_only=True)["epoch"]
     assert best == 1 + int(np.argmax(found["val_accuracy"]))
     assert {path: read.classes[label] for path, label in zip(read.paths, read.labels)} == {
-        row["path"]: row["label"] for row in rows if row["fold1"] == "val"}
-    probabilities = read.probabilities / read.probabilities.sum(1, keepdims=True)  # seven digits stand in the file
+        row["path"]: row["label"] for row in rows if row["fold1"] == "val"
+    }
+    probabilities = read.probabilities / read.probabilities.sum(
+        1, keepdims=True
+    )  # seven digits stand in the file
     assert found["val_loss"][best - 1] == pytest.approx(log_loss(read.labels, probabilities), rel=1e-5)
-    assert found["val_accuracy"][best - 1] == pytest.approx(accuracy_score(read.labels, read.predictions), abs=1e-12)
+    assert found["val_accuracy"][best - 1] == pytest.approx(
+        accuracy_score(read.labels, read.predictions), abs=1e-12
+    )
     weights = 1 / np.bincount(read.labels)[read.labels]
-    assert abs(log_loss(read.labels, probabilities, sample_weight=weights) - found["val_loss"][best - 1]) > 1e-3
+    assert (
+        abs(log_loss(read.labels, probabilities, sample_weight=weights) - found["val_loss"][best - 1]) > 1e-3
+    )
     assert balanced_accuracy_score(read.labels, read.predictions) != found["val_accuracy"][best - 1]
 
 
 def test_the_epoch_that_is_tested_is_the_best_one(finished):
     """best.pt in a bare torchvision network, given the test images by Pillow, gives predictions.csv."""
     import torchvision
+
     folder, rows = finished
-    best, read = torch.load(folder / "best.pt", weights_only=True), evaluate.read_predictions(folder / "predictions.csv")
+    best, read = (
+        torch.load(folder / "best.pt", weights_only=True),
+        evaluate.read_predictions(folder / "predictions.csv"),
+    )
     assert set(read.paths) == {row["path"] for row in rows if row["fold1"] == "test"}
     net = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
     net.load_state_dict(best["state_dict"])
-    images = np.stack([np.asarray(Image.open(pathlib.Path(folder, "../../../../mine", path))) for path in read.paths])
+    images = np.stack(
+        [np.asarray(Image.open(pathlib.Path(folder, "../../../../mine", path))) for path in read.paths]
+    )
     with torch.inference_mode():
-        logits = net(torch.from_numpy((images / 255 - best["mean"]) / best["std"]).float().permute(0, 3, 1, 2))
+        logits = net(
+            torch.from_numpy((images / 255 - best["mean"]) / best["std"]).float().permute(0, 3, 1, 2)
+        )
     assert np.allclose(logits.double().softmax(1).numpy(), read.probabilities, atol=1e-5)

@@ -1,4 +1,5 @@
 """The study on a cluster: run_all.sh --slurm on a real one of two CPUs (tests/slurm_study.sh)."""
+
 import csv
 import os
 import pathlib
@@ -21,10 +22,18 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=REASON)
 def study(tmp_path_factory):
     """(folder, facts) of one run of tests/slurm_study.sh."""
     folder = tmp_path_factory.mktemp("cluster")
-    with open(folder / "output.txt", "w") as output:  # a file: daemons that outlive a failure would keep a pipe open
+    with open(
+        folder / "output.txt", "w"
+    ) as output:  # a file: daemons that outlive a failure would keep a pipe open
         command = ["bash", ROOT / "tests/slurm_study.sh", folder]
-        status = subprocess.run(command, env=os.environ | {"PATH": PATH}, stdout=output, stderr=subprocess.STDOUT,
-                                timeout=1500, check=False).returncode
+        status = subprocess.run(
+            command,
+            env=os.environ | {"PATH": PATH},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=1500,
+            check=False,
+        ).returncode
     text = (folder / "output.txt").read_text()
     print(text)
     assert status == 0, text[-3000:]
@@ -57,12 +66,21 @@ def test_cancelled_task_stays_away_until_submitted_again(study):
 def test_everything_is_finished_with_the_tables_of_a_plain_run(study):
     folder, facts = study
     assert facts["states in the end"] == "5 done"
-    names = sorted(path.name for path in (folder / "plain/results").glob("*.csv")
-                   if path.name.startswith(("table", "confusion", "comparisons")))
-    assert {"table4.csv", "table5_shufflenet_v2_x0_5_cd.csv", "table5_shufflenet_v2_x0_5_random.csv"} <= set(names)
+    names = sorted(
+        path.name
+        for path in (folder / "plain/results").glob("*.csv")
+        if path.name.startswith(("table", "confusion", "comparisons"))
+    )
+    assert {"table4.csv", "table5_shufflenet_v2_x0_5_cd.csv", "table5_shufflenet_v2_x0_5_random.csv"} <= set(
+        names
+    )
     for name in names:
-        assert (folder / "slurm/results" / name).read_bytes() == (folder / "plain/results" / name).read_bytes(), name
-    runs = sorted(path.relative_to(folder / "plain") for path in folder.glob("plain/train/*/*/fold*/predictions.csv"))
+        assert (folder / "slurm/results" / name).read_bytes() == (
+            folder / "plain/results" / name
+        ).read_bytes(), name
+    runs = sorted(
+        path.relative_to(folder / "plain") for path in folder.glob("plain/train/*/*/fold*/predictions.csv")
+    )
     assert len(runs) == 6
     for run in runs:
         assert (folder / "slurm" / run).read_bytes() == (folder / "plain" / run).read_bytes(), run

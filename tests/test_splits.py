@@ -3,6 +3,7 @@
 Truth comes from the class counts that the paper prints (paper/table5.csv), from scikit-learn's StratifiedKFold and
 StratifiedGroupKFold, from counts by hand, and, for the file, from Python's csv module read by eye.
 """
+
 import csv
 import json
 import os
@@ -39,6 +40,7 @@ def bm():
 @pytest.fixture
 def command(monkeypatch, capsys):
     """splits.py's main() called with arguments, without a new Python's seconds: (exit status, stdout, stderr)."""
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["splits.py", *map(str, arguments)])
         status = message = None
@@ -48,6 +50,7 @@ def command(monkeypatch, capsys):
             status, message = (end.code, "") if isinstance(end.code, int) else (1, f"{end.code}\n")
         out, err = capsys.readouterr()
         return status or 0, out, err + (message or "")
+
     return call
 
 
@@ -92,9 +95,13 @@ def test_the_47_faggot_cells_are_tested_9_or_10_a_fold(bm):
 
 
 def test_test_counts_agree_with_stratified_k_fold_of_scikit_learn(bm):
-    theirs = [np.bincount(TARGETS[test], minlength=21) for _, test in StratifiedKFold(5).split(TARGETS, TARGETS)]
+    theirs = [
+        np.bincount(TARGETS[test], minlength=21) for _, test in StratifiedKFold(5).split(TARGETS, TARGETS)
+    ]
     ours = counts(TARGETS, bm, "test")
-    assert np.array_equal(np.sort(ours, 1), np.sort(np.transpose(theirs), 1)), "not the same sizes but for their order"
+    assert np.array_equal(np.sort(ours, 1), np.sort(np.transpose(theirs), 1)), (
+        "not the same sizes but for their order"
+    )
 
 
 def test_whole_folds_differ_by_one_image_at_most(bm):
@@ -118,8 +125,14 @@ def test_the_split_is_random_within_a_class(bm):
 def test_the_same_seed_gives_the_same_split_in_another_process_and_another_seed_another(bm):
     small = np.repeat([0, 1], [30, 12])
     code = "import splits, numpy; print(','.join(splits.make_splits(numpy.repeat([0, 1], [30, 12]), seed=7).ravel()))"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           env=dict(os.environ, PYTHONHASHSEED="1")).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ, PYTHONHASHSEED="1"),
+    ).stdout.strip()
     assert other == ",".join(splits.make_splits(small, seed=7).ravel())
     assert other != ",".join(splits.make_splits(small, seed=8).ravel())
 
@@ -129,18 +142,33 @@ def test_the_split_is_dealt_by_numbers_that_numpy_promises_never_to_change():
 
     Class 3 under seed 5, alone, is so dealt to folds 0, 1, 0, 1, ... in the order 4, 1, 5, 3, 2, 0, 6, 7.
     """
-    raw = [0xb63a2786f89f39e5, 0x0b83ddae49336c0e, 0xa39ba47cf6a33bd2, 0x64030dd80a5378bf,
-           0x06b582ab5db39855, 0x271a352df747ec0d, 0xe0f4c8db6e16b513, 0xeb0c6991c153592e]
+    raw = [
+        0xB63A2786F89F39E5,
+        0x0B83DDAE49336C0E,
+        0xA39BA47CF6A33BD2,
+        0x64030DD80A5378BF,
+        0x06B582AB5DB39855,
+        0x271A352DF747EC0D,
+        0xE0F4C8DB6E16B513,
+        0xEB0C6991C153592E,
+    ]
     assert sorted(range(8), key=raw.__getitem__) == [4, 1, 5, 3, 2, 0, 6, 7]
     tested = (splits.make_splits(np.full(8, 3), folds=2, seed=5) == "test").argmax(1)
-    assert np.flatnonzero(tested == 0).tolist() == [2, 4, 5, 6] and np.flatnonzero(tested).tolist() == [0, 1, 3, 7]
+    assert np.flatnonzero(tested == 0).tolist() == [2, 4, 5, 6] and np.flatnonzero(tested).tolist() == [
+        0,
+        1,
+        3,
+        7,
+    ]
 
 
 def test_a_class_keeps_its_draw_when_other_classes_come_or_go():
     """Images of one class that are tested together stay together if another class grows (fold numbers may turn)."""
     alone = splits.make_splits(np.repeat([0, 2], [9, 50]))[9:]
     beside = splits.make_splits(np.repeat([0, 1, 2], [9, 33, 50]))[42:]
-    groups = [{frozenset(np.flatnonzero(column == "test")) for column in parts.T} for parts in (alone, beside)]
+    groups = [
+        {frozenset(np.flatnonzero(column == "test")) for column in parts.T} for parts in (alone, beside)
+    ]
     assert groups[0] == groups[1]
 
 
@@ -166,7 +194,11 @@ def test_classes_of_1_to_4_images_are_split_as_far_as_they_go(images, tested, va
 
 
 def test_tiny_classes_are_named_in_one_line(tmp_path, command):
-    names = [f"{label}/{i}.png" for label, n in dict(one=1, two=2, four=4, five=5, many=30).items() for i in range(n)]
+    names = [
+        f"{label}/{i}.png"
+        for label, n in dict(one=1, two=2, four=4, five=5, many=30).items()
+        for i in range(n)
+    ]
     write_tree(tmp_path / "data", names)
     status, out, _ = command("--data", tmp_path / "data", "--out", tmp_path / "split.csv")
     named = [line for line in out.splitlines() if "too few" in line]
@@ -177,7 +209,11 @@ def test_tiny_classes_are_named_in_one_line(tmp_path, command):
 def test_folds_and_validation_share_can_be_chosen():
     """Ten folds of 100 images: 10 tested, and a third of the other 90 for validation."""
     parts = splits.make_splits(np.zeros(100, int), folds=10, val=1 / 3)
-    assert [(parts == part).sum(0).tolist() for part in ("test", "val", "train")] == [[10] * 10, [30] * 10, [60] * 10]
+    assert [(parts == part).sum(0).tolist() for part in ("test", "val", "train")] == [
+        [10] * 10,
+        [30] * 10,
+        [60] * 10,
+    ]
 
 
 @pytest.mark.parametrize("settings", [dict(folds=1), dict(val=0), dict(val=1), dict(val=-0.2)])
@@ -192,7 +228,9 @@ def patients(seed=0, number=150):
     rng = np.random.default_rng(seed)
     mixes = rng.dirichlet([4, 2, 1, 0.5, 0.2, 0.1], number)
     sizes = rng.lognormal(3, 1, number).astype(int) + 1
-    return np.concatenate([rng.choice(6, n, p=p) for n, p in zip(sizes, mixes)]), np.repeat(np.arange(number), sizes)
+    return np.concatenate([rng.choice(6, n, p=p) for n, p in zip(sizes, mixes)]), np.repeat(
+        np.arange(number), sizes
+    )
 
 
 def test_a_group_is_never_in_two_parts_of_a_fold_and_each_image_still_tested_once():
@@ -241,11 +279,16 @@ def test_as_many_groups_as_folds_are_enough_and_fewer_are_refused():
 def test_a_regular_expression_takes_the_patient_out_of_the_path(tmp_path, command):
     names = [f"{label}/patient{p}_{i}.png" for label in "AB" for p in range(12) for i in range(4)]
     write_tree(tmp_path / "data", names)
-    assert command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"patient(\d+)_")[0] == 0
+    assert (
+        command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"patient(\d+)_")[0]
+        == 0
+    )
     places = {}
     for row in csv.reader(open(tmp_path / "s.csv", newline="")):
         places.setdefault(row[0].split("patient")[-1].split("_")[0], set()).add(tuple(row[2:]))
-    assert len(places) == 13 and all(len(place) == 1 for place in places.values()), "12 patients and the header"
+    assert len(places) == 13 and all(len(place) == 1 for place in places.values()), (
+        "12 patients and the header"
+    )
 
 
 def test_a_table_of_path_and_group_does_the_same(tmp_path, command):
@@ -254,7 +297,14 @@ def test_a_table_of_path_and_group_does_the_same(tmp_path, command):
     patient = {name: f"p, {i % 8}" for i, name in enumerate(names)}
     with open(tmp_path / "groups.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "group"), *patient.items()])
-    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", tmp_path / "groups.csv")
+    arguments = (
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "s.csv",
+        "--groups",
+        tmp_path / "groups.csv",
+    )
     assert command(*arguments)[0] == 0
     places = {}
     for path, _, *parts in list(csv.reader(open(tmp_path / "s.csv", newline="")))[1:]:
@@ -284,17 +334,37 @@ def test_several_sources_of_groups_are_joined(tmp_path, command):
     groups = splits.read_groups([r"p(\d+)_", str(tmp_path / "groups.csv")], names)
     pairs = list(zip(groups, component))
     assert len(set(pairs)) == len(set(groups)) == len(set(component)) < 40
-    status, out, err = command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"p(\d+)_", tmp_path / "groups.csv")
+    status, out, err = command(
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "s.csv",
+        "--groups",
+        r"p(\d+)_",
+        tmp_path / "groups.csv",
+    )
     assert status == 0 or "too few" in err
     names = [f"{label}/p{i // 4}_{i}.png" for label in "AB" for i in range(100)]
     write_tree(tmp_path / "more", names)
     with open(tmp_path / "groups.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("path", "group"), *((name, i // 2 % 90) for i, name in enumerate(names))])
-    status, out, err = command("--data", tmp_path / "more", "--out", tmp_path / "s.csv", "--groups", r"/p(\d+)_", tmp_path / "groups.csv")
+        csv.writer(file).writerows(
+            [("path", "group"), *((name, i // 2 % 90) for i, name in enumerate(names))]
+        )
+    status, out, err = command(
+        "--data",
+        tmp_path / "more",
+        "--out",
+        tmp_path / "s.csv",
+        "--groups",
+        r"/p(\d+)_",
+        tmp_path / "groups.csv",
+    )
     assert status == 0, err
     groups = splits.read_groups([r"/p(\d+)_", str(tmp_path / "groups.csv")], names)
     parts = read_parts(tmp_path / "s.csv")
-    assert all(len({parts[name] for name, g in zip(names, groups) if g == group}) == 1 for group in set(groups))
+    assert all(
+        len({parts[name] for name, g in zip(names, groups) if g == group}) == 1 for group in set(groups)
+    )
     sizes = np.unique(groups, return_counts=True)[1]
     assert f"{len(sizes)} groups, the largest of {sizes.max()} images" in out
     assert "test images that share a group with a training image, by fold: [0, 0, 0, 0, 0]" in out
@@ -303,8 +373,14 @@ def test_several_sources_of_groups_are_joined(tmp_path, command):
 def test_groups_of_one_image_each_are_a_warning(tmp_path, command):
     """The regular expression took the image's number instead of the patient's."""
     write_tree(tmp_path / "data", [f"{label}/p{i // 4}_{label}{i}.png" for label in "AB" for i in range(20)])
-    status, out, _ = command("--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"_(\w+).png")
-    assert status == 0 and "40 groups, the largest of 1 images" in out and "does the regular expression take the image's number" in out
+    status, out, _ = command(
+        "--data", tmp_path / "data", "--out", tmp_path / "s.csv", "--groups", r"_(\w+).png"
+    )
+    assert (
+        status == 0
+        and "40 groups, the largest of 1 images" in out
+        and "does the regular expression take the image's number" in out
+    )
     _, out, _ = command("--data", tmp_path / "data", "--out", tmp_path / "t.csv", "--groups", r"p(\d+)_")
     assert "5 groups, the largest of 8 images" in out and "image's number" not in out
 
@@ -318,25 +394,50 @@ def test_without_groups_the_twins_of_training_images_are_counted(tmp_path, comma
     twins = [[names[i] for i in rng.choice(60, 3, replace=False)] for _ in range(5)]
     (runs / "data").mkdir(parents=True)
     with open(runs / "overlaps.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("first", "second", "dx", "dy", "difference", "area"), *([*pair, 3, 4, 0.2, 0.5] for pair in pairs)])
+        csv.writer(file).writerows(
+            [
+                ("first", "second", "dx", "dy", "difference", "area"),
+                *([*pair, 3, 4, 0.2, 0.5] for pair in pairs),
+            ]
+        )
     (runs / "data/mine.json").write_text(json.dumps({"duplicates": twins}))
     status, out, err = command("--data", tmp_path / "mine", "--out", runs / "split.csv")
     assert status == 0, err
     parts = read_parts(runs / "split.csv")
     for what, groups in (("overlap with", pairs), ("are copies of", twins)):
-        expected = [len({path for group in groups for path in group if parts[path][fold] == "test"
-                         and any(parts[other][fold] == "train" for other in group)}) for fold in range(5)]
+        expected = [
+            len(
+                {
+                    path
+                    for group in groups
+                    for path in group
+                    if parts[path][fold] == "test" and any(parts[other][fold] == "train" for other in group)
+                }
+            )
+            for fold in range(5)
+        ]
         assert sum(expected) and f"test images that {what} a training image, by fold: {expected}" in out
 
 
 # ---------------------------------------------------------------- the file
-NAMES = ["A/plain.png", "A/with space.png", "A/comma, too.png", 'A/"quoted".png', "A/#hash.png", "A/line\nbreak.png",
-         "A/return\rhere.png", "A/Zelle-äöü-細胞.png", "A/not-utf8-\udcff\udc80.png", "A/'; --.png", "A/ leading.png"]
+NAMES = [
+    "A/plain.png",
+    "A/with space.png",
+    "A/comma, too.png",
+    'A/"quoted".png',
+    "A/#hash.png",
+    "A/line\nbreak.png",
+    "A/return\rhere.png",
+    "A/Zelle-äöü-細胞.png",
+    "A/not-utf8-\udcff\udc80.png",
+    "A/'; --.png",
+    "A/ leading.png",
+]
 
 
 def test_file_names_of_every_kind_read_back(tmp_path):
     parts = splits.make_splits(np.zeros(len(NAMES), int))
-    labels = [f"class, {i % 2} \"x\"\n" for i in range(len(NAMES))]
+    labels = [f'class, {i % 2} "x"\n' for i in range(len(NAMES))]
     splits.write_splits(tmp_path / "runs" / "split.csv", NAMES, labels, parts)
     paths, read_labels, read_parts = splits.read_splits(tmp_path / "runs" / "split.csv")
     order = np.argsort(np.array(NAMES))
@@ -354,19 +455,22 @@ def test_the_command_writes_class_names_and_paths_of_files_of_every_kind(tmp_pat
     assert all(row[1] == row[0][0] for row in rows), "labels are class names"
 
 
-@pytest.mark.parametrize("content, where, what", [
-    ("", "path,label,fold0", "anew"),
-    ("path,label,fold0\r\n", "header", "anew"),
-    ("file,label,fold0\r\na,A,test\r\n", "header", "'file'"),
-    ("path,label\r\na,A\r\n", "header", "['path', 'label']"),
-    ("path,label,fold0,fold2\r\na,A,test,val\r\n", "not fold0,fold2", "fold0,fold1"),
-    ("path,label,fold0\r\na,A,test\r\nb,B,testing\r\n", "'b'", "'testing'"),
-    ("path,label,fold0\r\na,A,test\r\nb,B\r\n", "['b', 'B']", "incomplete"),
-    ("path,label,fold0\r\na,A,test\r\nb,,train\r\n", "['b', '', 'train']", "incomplete"),
-    ("path,label,fold0\r\na,A,test\r\nb,B,train,val\r\n", "['b', 'B', 'train', 'val']", "too long"),
-    ("path,label,fold0\r\na,A,test\r\nb,B,val\r\na,A,train\r\n", "['a', 'A', 'test']", "second one"),
-    ("path,label,fold0\r\na,A,te\0st\r\n", "", ""),
-])
+@pytest.mark.parametrize(
+    "content, where, what",
+    [
+        ("", "path,label,fold0", "anew"),
+        ("path,label,fold0\r\n", "header", "anew"),
+        ("file,label,fold0\r\na,A,test\r\n", "header", "'file'"),
+        ("path,label\r\na,A\r\n", "header", "['path', 'label']"),
+        ("path,label,fold0,fold2\r\na,A,test,val\r\n", "not fold0,fold2", "fold0,fold1"),
+        ("path,label,fold0\r\na,A,test\r\nb,B,testing\r\n", "'b'", "'testing'"),
+        ("path,label,fold0\r\na,A,test\r\nb,B\r\n", "['b', 'B']", "incomplete"),
+        ("path,label,fold0\r\na,A,test\r\nb,,train\r\n", "['b', '', 'train']", "incomplete"),
+        ("path,label,fold0\r\na,A,test\r\nb,B,train,val\r\n", "['b', 'B', 'train', 'val']", "too long"),
+        ("path,label,fold0\r\na,A,test\r\nb,B,val\r\na,A,train\r\n", "['a', 'A', 'test']", "second one"),
+        ("path,label,fold0\r\na,A,te\0st\r\n", "", ""),
+    ],
+)
 def test_a_damaged_split_is_refused_with_one_line_that_names_file_and_place(tmp_path, content, where, what):
     file = tmp_path / "split.csv"
     file.write_text(content, newline="")
@@ -379,8 +483,10 @@ def test_a_damaged_split_is_refused_with_one_line_that_names_file_and_place(tmp_
 def test_a_published_split_from_a_spreadsheet_is_read_as_it_stands(tmp_path):
     """With a byte order mark, Unix line ends, a blank last line, quoted fields, and three folds of its own kind."""
     file = tmp_path / "split.csv"
-    file.write_bytes(b'\xef\xbb\xbfpath,label,fold0,fold1,fold2\n'
-                     b'"B/1, a.png",B,test,train,train\nA/1.png,A,val,val,test\n\n')
+    file.write_bytes(
+        b"\xef\xbb\xbfpath,label,fold0,fold1,fold2\n"
+        b'"B/1, a.png",B,test,train,train\nA/1.png,A,val,val,test\n\n'
+    )
     paths, labels, parts = splits.read_splits(file)
     assert (paths, labels) == (["B/1, a.png", "A/1.png"], ["B", "A"])
     assert parts.tolist() == [["test", "train", "train"], ["val", "val", "test"]]
@@ -401,10 +507,13 @@ def test_training_uses_a_published_split_as_it_stands(tmp_path):
     """Two folds that no stratified split would give: all parts come back, in the data set's order of images."""
     import datasets
     import train
+
     names = [f"{label}/{i}.png" for label in "AB" for i in range(6)]
     write_tree(tmp_path / "data", names)
-    published = {name: ("test", "train") if i % 6 < 2 else ("val", "test") if i % 6 < 3 else ("train", "train")
-                 for i, name in enumerate(names)}
+    published = {
+        name: ("test", "train") if i % 6 < 2 else ("val", "test") if i % 6 < 3 else ("train", "train")
+        for i, name in enumerate(names)
+    }
     with open(tmp_path / "split.csv", "w", newline="") as file:
         rows = [(name, name[0], *parts) for name, parts in sorted(published.items(), reverse=True)]
         csv.writer(file).writerows([("path", "label", "fold0", "fold1"), *rows])
@@ -414,14 +523,26 @@ def test_training_uses_a_published_split_as_it_stands(tmp_path):
     assert (tmp_path / "split.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("arguments, status", [
-    (("--folds", "1"), 2), (("--val", "1.5"), 2), (("--seed", "-1"), 2), (("--groups", "(["), 2),
-    (("--data", "nowhere"), 1), (("--groups", "nothing(\\d+)"), 1), (("--out", "/proc/nothing/split.csv"), 1), (("--groups", "^."), 2)])
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (("--folds", "1"), 2),
+        (("--val", "1.5"), 2),
+        (("--seed", "-1"), 2),
+        (("--groups", "(["), 2),
+        (("--data", "nowhere"), 1),
+        (("--groups", "nothing(\\d+)"), 1),
+        (("--out", "/proc/nothing/split.csv"), 1),
+        (("--groups", "^."), 2),
+    ],
+)
 def test_bad_arguments_end_in_one_line(tmp_path, command, arguments, status):
     write_tree(tmp_path / "data", [f"{label}/{i}.png" for label in "AB" for i in range(6)])
     ended, _, err = command("--data", tmp_path / "data", "--out", tmp_path / "out.csv", *arguments)
     assert ended == status and not (tmp_path / "out.csv").exists()
-    assert err.splitlines()[-1].strip() and (status == 2 or err.count("\n") == 1), "argparse prints its usage besides"
+    assert err.splitlines()[-1].strip() and (status == 2 or err.count("\n") == 1), (
+        "argparse prints its usage besides"
+    )
 
 
 @pytest.mark.long
@@ -442,7 +563,9 @@ def test_171374_files_are_split_in_under_10_seconds(tmp_path, run):
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
     paths, labels, parts = splits.read_splits(tmp_path / "split.csv")
-    assert {label: labels.count(label) for label in PUBLISHED} == PUBLISHED and ((parts == "test").sum(1) == 1).all()
+    assert {label: labels.count(label) for label in PUBLISHED} == PUBLISHED and (
+        (parts == "test").sum(1) == 1
+    ).all()
     print(seconds)
     assert min(seconds) < 10
 
@@ -451,7 +574,10 @@ def test_a_class_too_small_to_be_tested_in_each_fold_is_named_by_training(tmp_pa
     """Two images are tested in two of five folds; ten are in all. Named once, when the split is made."""
     import datasets
     import train
-    cells = datasets.Cells(tmp_path, "small", ["ABE", "LYT"], [f"{i}.png" for i in range(12)], np.arange(12) >= 2)
+
+    cells = datasets.Cells(
+        tmp_path, "small", ["ABE", "LYT"], [f"{i}.png" for i in range(12)], np.arange(12) >= 2
+    )
     _, parts = train.open_split(tmp_path / "split.csv", cells, [])
     tested = (parts == "test").any(0)
     assert ((parts[:2] == "test").any(0).sum(), (parts[2:] == "test").any(0).sum(), tested.sum()) == (2, 5, 5)

@@ -1,4 +1,5 @@
 """Training gives the same numbers however many processes read the images, and compiled the same as uncompiled."""
+
 import csv
 
 import numpy as np
@@ -12,19 +13,23 @@ def train_once(cells, folder, model="squeezenet1_1", epochs=2, **options):
     """Fit a fresh network on every other image, validate on some of the rest; returns (history, best.pt's weights, logits)."""
     import models
     import train
+
     torch.manual_seed(3)
     net = models.build_model(model, len(cells.classes), image_size=32)
     learn, val = cells.subset(np.arange(0, len(cells), 2)), cells.subset(np.arange(1, len(cells), 4))
     history = train.fit(folder, net, learn, val, epochs=epochs, seed=5, **SETTINGS, **options)
     best = torch.load(folder / "best.pt", weights_only=True)["state_dict"]
     keys = ("mean", "std", "image_size")
-    logits = train.predict(net, val, workers=options.get("workers", 0), **{key: SETTINGS[key] for key in keys})
+    logits = train.predict(
+        net, val, workers=options.get("workers", 0), **{key: SETTINGS[key] for key in keys}
+    )
     return history, best, logits
 
 
 @pytest.fixture
 def cells(demo):
     import datasets
+
     return datasets.open_dataset(demo / "bm")
 
 
@@ -48,6 +53,7 @@ def test_another_seed_gives_other_weights(cells, tmp_path):
     """The comparison above could tell: with other augmentation and dropout the weights differ."""
     import models
     import train
+
     weights = []
     for seed in (5, 6):
         torch.manual_seed(3)
@@ -62,10 +68,13 @@ def test_another_seed_gives_other_weights(cells, tmp_path):
 def test_batches_match_images_augmented_one_by_one(cells, workers):
     """A batch that a loader brings holds, at each position, what augment makes of that image by its own random numbers."""
     import datasets
+
     order = datasets.BalancedEpochs(cells.targets, 16, seed=7, fold=1)
     order.epoch = 4
     keys = list(order)
-    for (epoch, first, indices), (images, labels) in zip(keys, datasets.loader(datasets.Batches(cells, 40, 7, 1), order, workers), strict=True):
+    for (epoch, first, indices), (images, labels) in zip(
+        keys, datasets.loader(datasets.Batches(cells, 40, 7, 1), order, workers), strict=True
+    ):
         assert images.shape == (16, 3, 40, 40) and images.dtype == torch.uint8
         assert labels.tolist() == [int(cells.targets[i]) for i in indices]
         for position in (0, 9, 15):
@@ -77,7 +86,10 @@ def test_batches_match_images_augmented_one_by_one(cells, workers):
 @pytest.mark.long
 def test_compiled_training_follows_eager(cells, tmp_path):
     """torch.compile changes the order of sums, nothing else: losses and logits stay close, and best.pt has the bare names."""
-    eager, compiled = (train_once(cells, tmp_path / str(compile), model="resnet18", compile=compile) for compile in (False, True))
+    eager, compiled = (
+        train_once(cells, tmp_path / str(compile), model="resnet18", compile=compile)
+        for compile in (False, True)
+    )
     for ours, others in zip(eager[0], compiled[0], strict=True):
         assert others["train_loss"] == pytest.approx(ours["train_loss"], rel=0.02)
         assert others["val_loss"] == pytest.approx(ours["val_loss"], rel=0.05)
