@@ -15,14 +15,12 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -213,7 +211,7 @@ def open_dataset(path):
         if any(folder.glob("camelyonpatch_level_2_split_*")):
             return open_pcam(folder, name)
         coco = {file: read_json(file) for file in sorted(folder.glob("[!.]*.json"))}
-        coco = {file: some for file, some in coco.items() if isinstance(some, dict) and COCO <= some.keys()}
+        coco = {file: some for file, some in coco.items() if isinstance(some, dict) and some.keys() >= COCO}
         return open_coco(folder, name, coco) if coco else open_classes(folder, name)
     except OSError as error:
         why = f"{error.filename or folder}: {error.strerror or error}"
@@ -268,7 +266,7 @@ def open_classes(folder, name, notes=()):
     inside = [{path.split("/")[0] for path in images[label] if "/" in path} for label in classes]
     alike = len(inside[0]) > 1 and all(names == inside[0] for names in inside)  # of train/A, train/B, test/A
     numbered = any(re.fullmatch(r"\d+-\d+", name) or PARTS.match(name) for name in inside[0])
-    if alike and not numbered or sum(map(bool, map(PARTS.match, classes))) > 1:
+    if (alike and not numbered) or sum(map(bool, map(PARTS.match, classes))) > 1:
         why = f"{', '.join(classes[:3])} look like parts of a data set, not classes; name one with --data"
         raise SystemExit(f"{root}: {why}, or put a COCO set's JSON files beside its image folders")
     notes = [*notes, *(f"class folder {x} holds no image: left out" for x in below if x not in images)]
@@ -291,91 +289,13 @@ def open_classes(folder, name, notes=()):
 
 
 def open_coco(folder, name, coco):
-    """A COCO set, {JSON file: content}: boxes are cropped once, to .crops/<class>/<image>_<box id>.png."""
-    crops, part = folder / ".crops", folder / ".crops.part"
-    digest = hashlib.sha256(json.dumps(list(coco.values()), sort_keys=True).encode()).hexdigest()
-    if not crops.exists():  # before the lock, which a read-only folder has no place for
-        with file_lock(folder / ".crops.lock"):
-            if not crops.exists():
-                shutil.rmtree(part, ignore_errors=True)  # what a killed cropping left
-                try:
-                    notes = crop_boxes(folder, coco, part)
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    files = ", ".join(map(str, coco))
-                    raise SystemExit(f"{files}: no COCO detection set ({error!r}); fetch it again") from None
-                if not part.exists():
-                    why = f"no box can be cropped ({'; '.join(notes)})"
-                    raise SystemExit(f"{folder}: {why}; the image folders belong beside the JSON files")
-                (part / ".done.json").write_text(json.dumps({"digest": digest, "notes": notes}))
-                os.rename(part, crops)
-    done = read_json(crops / ".done.json")
-    if done["digest"] != digest:
-        raise SystemExit(f"{crops}: the JSON files have changed since; remove it, and it is made anew")
-    cells = open_classes(crops, name, done["notes"])
+    """A COCO set, {JSON file: content}: its boxes are cropped once, to the class folders .crops."""
+    import crop_boxes  # a conversion; other data sets do without the file
+
+    notes = crop_boxes.crop_once(folder, coco)
+    cells = open_classes(folder / ".crops", name, notes)
     cells.groups = np.array([re.sub(r"_[^_]*$", "", path.split("/", 1)[1]) for path in cells.paths])
     return cells
-
-
-def crop_boxes(folder, coco, part):
-    """Crop the boxes of a COCO set to class folders below part, as PNG; returns notes on those left out."""
-    dropped, taken, owner = collections.Counter(), set(), {}
-    for file, content in coco.items():
-        labels = {c["id"]: clean(c["name"]) for c in content["categories"]}
-        boxes = collections.defaultdict(list)
-        for box in content["annotations"]:
-            boxes[box["image_id"]].append(box)
-        for image in tqdm(content["images"], desc=f"{file}: cropping cells", unit="image", disable=None):
-            name, parents = image["file_name"].replace("\\", "/"), (folder, folder / file.stem)
-            places = [place / name for parent in parents for place in (parent, parent / "images")]
-            place = next(filter(pathlib.Path.is_file, places), places[0])
-            stem = clean(pathlib.PurePath(name).with_suffix(""))
-            if owner.setdefault(stem, place) != place:  # another picture has that name
-                stem = f"{file.stem}-{stem}"
-            picture, problem = open_picture(place, image.get("width"), image.get("height"))
-            for box in boxes.pop(image["id"], ()):
-                label, area = labels.get(box["category_id"]), box.get("bbox") or box.get("segmentation")
-                key, (crop, why) = (place, label, str(area)), cut_box(picture, area)
-                if why or label is None or key in taken:
-                    dropped[problem or why or ("listed twice" if label else "of an unknown category")] += 1
-                    continue
-                cell = f"{label}/{stem}_{clean(box['id']).replace('_', '-')}"
-                if cell in taken:
-                    cell += f"-{len(taken)}"
-                taken |= {cell, key}
-                (part / label).mkdir(parents=True, exist_ok=True)
-                png = cv2.imencode(".png", crop[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-                (part / f"{cell}.png").write_bytes(png)
-        dropped["of an unknown image"] += sum(map(len, boxes.values()))
-    return [f"{count} boxes dropped: {why}" for why, count in sorted(dropped.items()) if count]
-
-
-def open_picture(file, width, height):
-    """A COCO set's picture and None, or None and why: turned by EXIF only if it has the JSON's size then."""
-    try:
-        sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
-    except ValueError:
-        return None, "their image is missing or unreadable; once it is there, remove .crops"
-    picture = sizes.get((width, height)) if width and height else [*sizes.values()][-1]
-    return picture, None if picture is not None else "their image is not of the size that the JSON says"
-
-
-def cut_box(picture, area):
-    """Pixels of a COCO box [x, y, width, height] or polygons [[x, y, ...]]: (crop, None) or (None, why)."""
-    if isinstance(area, list) and area and isinstance(area[0], list):
-        points = list(itertools.chain(*area))
-        x, y = points[::2], points[1::2]
-        area = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-    is_box = isinstance(area, list) and len(area) == 4 and all(map(math.isfinite, area))
-    if picture is None or not is_box or min(area[2:]) <= 1:
-        return None, "width or height of 1 or less, no cell"
-    x, y, w, h = area
-    crop = picture[max(0, round(y)) : max(0, round(y + h)), max(0, round(x)) : max(0, round(x + w))]
-    return (crop, None) if min(crop.shape[:2]) > 1 else (None, "outside the image")
-
-
-def clean(name):
-    """A name as one level of a path."""
-    return str(name).replace("/", "-").strip(". ") or "unnamed"
 
 
 def open_pcam(folder, name):
@@ -513,6 +433,27 @@ def file_lock(file):
 
 
 @contextlib.contextmanager
+def run_lock(folder):
+    """Hold the lock of a run's folder; yields False if another process holds it. SystemExit without locks.
+
+    By lockf: a flock would live on in data workers. Removes what a killed process left half written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        ours = True
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+        except BlockingIOError:
+            ours = False
+        except OSError as error:
+            why = f"cannot be locked ({error.strerror})"
+            raise SystemExit(f"{handle.name}: {why}; name a --runs folder on a disk that has locks") from None
+        yield ours
+
+
+@contextlib.contextmanager
 def open_atomic(file, mode="wb"):
     """Open a file to write so that it appears whole or not at all: written beside, flushed, renamed."""
     file = pathlib.Path(file)
@@ -640,6 +581,21 @@ def check_dataset(cells, runs="runs", workers=None):
         with open_atomic(file, "w") as handle:
             json.dump(info, handle, indent=1)
     return info
+
+
+def open_checked(path, runs="runs"):
+    """The readable images of a data set as Cells, and check_dataset's dict; prints what is left out."""
+    cells = open_dataset(path)
+    info = check_dataset(cells, runs)
+    unreadable = info["unreadable"]
+    print(f"{cells.root}: {len(cells)} images in {len(cells.classes)} classes ({', '.join(cells.classes)})")
+    notes = info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in unreadable[:5]]
+    if len(unreadable) > 5:
+        file = f"{runs}/data/{cells.name}.json"
+        notes.append(f"and {len(unreadable) - 5} unreadable images more, see {file}")
+    for note in notes:
+        print(f"  {note}", file=sys.stderr)
+    return cells.subset(~np.isin(cells.paths, [path for path, _ in unreadable])), info
 
 
 def describe(info):

@@ -8,6 +8,7 @@ Any classification model of torchvision gets a new last layer. Files are read as
 
 import argparse
 import difflib
+import os
 import pathlib
 import re
 import signal
@@ -61,6 +62,20 @@ def imagenet_file(name, weights="imagenet"):
     """(URL, Path) of ImageNet weights: the place that torch.hub (TORCH_HOME) has for them, filled or not."""
     url = find_weights(name, weights).url
     return url, pathlib.Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
+def initial_weights(runs, model, init, weights):
+    """What build_model starts from: None, the name of ImageNet weights, or a checkpoint's path."""
+    if init in ("random", "imagenet"):
+        return None if init == "random" else weights
+    folder = runs / "pretrain" / model / init
+    file = init.split("=", 1)[1] if "=" in init else folder / "best.pt"
+    if "=" in init and not os.path.isfile(file):
+        raise SystemExit(f"--init {init}: {file!r} is no file; {OURS}")
+    if "=" not in init and not (folder / "predictions.csv").exists():
+        command = f"python pretrain.py --model {model} --init {init} --runs {runs}"
+        raise SystemExit(f"{folder}: no finished pre-training; run first: {command}")
+    return os.path.abspath(file)
 
 
 def build_model(name, num_classes, weights=None, image_size=224):

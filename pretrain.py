@@ -15,8 +15,10 @@ import re
 
 import numpy as np
 
+import datasets
 import splits
 import train
+from engine import from_rank_0
 
 VALIDATION_PARTS = 5  # one of them validates: 20%
 
@@ -42,20 +44,11 @@ def main():
     if start not in ("", "imagenet") or not re.fullmatch(r"[\w.-]+", name) or name in ("random", "imagenet"):
         parser.error(f"--init {args.init}: a data set's name (cd, pcam, ...) or imagenet+ and that name")
     options = train.run_options(args, parser)
-    cells, info = train.open_checked(args.data or f"data/{name}", args.runs)
+    data = args.data or f"data/{name}"
+    cells, info = from_rank_0(lambda: datasets.open_checked(data, args.runs))
     folder = args.runs / "pretrain" / args.model / args.init
-    return train.run(
-        folder,
-        folder,
-        cells,
-        info,
-        pretraining_parts(cells),
-        init=args.init,
-        fold=0,
-        **options,
-        weights=args.weights if start else None,
-        crop=False,
-    )
+    options |= {"init": args.init, "weights": args.weights if start else None, "fold": 0, "crop": False}
+    return train.run(folder, folder, cells, info, pretraining_parts(cells), **options)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,39 @@ def read_groups(sources, paths):
     return np.unique(component, return_index=True)[1][component]  # named by its first image
 
 
+def open_split(file, cells, unreadable=()):
+    """(images of a split among Cells, their parts: str [N, folds]); without a file, a new 5-fold split.
+
+    unreadable: paths that the split may name and cells lack. SystemExit if it does not fit the cells.
+    """
+    import datasets  # the functions above do without
+
+    names = np.array(cells.classes)[cells.targets]
+    with datasets.file_lock(file.with_name(".split.lock")):
+        if not file.exists():
+            parts = make_splits(cells.targets, groups=cells.groups)
+            write_splits(file, cells.paths, names, parts)
+            print(f"{file}: new stratified split into 5 folds")
+            images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
+            if few := [f"{name} ({number})" for name, number in images if number < 5]:
+                print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
+    paths, labels, parts = read_splits(file)
+    gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
+    if gone:
+        what = f"{len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. {gone[0]}"
+        raise SystemExit(f"{file}: {what}; put them back, or name another folder with --runs")
+    row = {path: i for i, path in enumerate(paths)}
+    rows = np.array([row.get(path, -1) for path in cells.paths])
+    wrong = cells.paths[(rows >= 0) & (np.array(labels)[rows] != names)]
+    if len(wrong):
+        what = f"{len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}"
+        raise SystemExit(f"{file}: {what}; correct it or remove it")
+    if (rows < 0).any():
+        what = f"{(rows < 0).sum()} images of {cells.root} are not in it: left out"
+        print(f"{file}: {what}, e.g. {cells.paths[rows < 0][0]}", file=sys.stderr)
+    return cells.subset(rows >= 0), parts[rows[rows >= 0]]
+
+
 def read_twins(runs, name, paths):
     """What overlaps.py and datasets.py found in runs: {kind: [indices of images that belong together]}."""
     place, twins = {path: i for i, path in enumerate(paths)}, {}
