@@ -162,9 +162,9 @@ def input_pipeline(cells, args):
 
 def build(model, args, layout="contiguous", classes=21):
     """The network with the same weights every time."""
-    train.seed_all(0)
+    engine.seed_all(0)
     net = models.build_model(model, classes, image_size=args.image_size)
-    return net.to(args.device, memory_format=train.LAYOUTS[layout])
+    return net.to(args.device, memory_format=engine.LAYOUTS[layout])
 
 
 def options(args):
@@ -183,7 +183,7 @@ def epoch_against_plain_loop(cells, args):
 
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            train.fit(
+            engine.fit(
                 folder,
                 net,
                 learn,
@@ -212,7 +212,7 @@ def evaluation_against_plain_loop(cells, args):
     layouts = args.memory_format, "contiguous"
     net, usual = (build(args.model, args, layout, len(cells.classes)) for layout in layouts)
     seconds = in_turn(
-        lambda: train.predict(net, some, mean=MEAN, std=STD, **options(args)),
+        lambda: engine.predict(net, some, mean=MEAN, std=STD, **options(args)),
         lambda: usual_evaluation(usual, usual_loader(some, args), args.device),
         args.rounds,
     )
@@ -237,14 +237,14 @@ def make_steps(model, args, layout, compiled=False):
     net = build(model, args, layout).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-    wrapped, form = net, train.LAYOUTS[layout]
+    wrapped, form = net, engine.LAYOUTS[layout]
     if compiled:
         torch._dynamo.reset()
         wrapped = torch.compile(net, mode="reduce-overhead" if args.device.type == "cuda" else None)
     there = labels.to(args.device)
 
     def ours():
-        train.train_epoch(
+        engine.train_epoch(
             wrapped,
             ((batch, labels) for batch in batches),
             optimizer,
@@ -263,7 +263,7 @@ def make_steps(model, args, layout, compiled=False):
     def bare():
         for batch in ready:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(args.device.type, train.AMP_DTYPES[args.amp], args.amp != "off"):
+            with torch.autocast(args.device.type, engine.AMP_DTYPES[args.amp], args.amp != "off"):
                 loss = cross_entropy(net(batch), there)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -303,7 +303,7 @@ def job(model, args, ready, results):
 def networks(_, args):
     """Each of --networks: speed and peak memory against the bare step; up to three jobs on the device."""
     for model in args.networks:
-        for layout in train.LAYOUTS:
+        for layout in engine.LAYOUTS:
             for kind in ("eager", "compiled"):
                 ours, bare = make_steps(model, args, layout, kind == "compiled")
                 yield f"{model} {layout} {kind}", *rates(32 * args.steps, in_turn(ours, bare, args.rounds))
@@ -470,8 +470,8 @@ def read_arguments():
     parser.add_argument("--threads", type=int, default=1, help="of torch; OpenCV has one")
     parser.add_argument("--workers", type=int, default=0, help="data workers of both sides")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=["auto", *train.AMP_DTYPES], default="auto")
-    parser.add_argument("--memory-format", choices=train.LAYOUTS, default="channels_last")
+    parser.add_argument("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto")
+    parser.add_argument("--memory-format", choices=engine.LAYOUTS, default="channels_last")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--full", action="store_true", help=f"overlaps of {IMAGES:,} images, not 10,000")

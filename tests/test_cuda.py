@@ -11,6 +11,8 @@ import torch
 import datasets
 import gradcam
 import models
+import engine
+import learning_rate
 import train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -49,9 +51,9 @@ def clean():
 
 def prepared(name, amp, layout="channels_last", size=64):
     """(network on the GPU, optimizer, scaler), ready to train."""
-    train.seed_all(train.WEIGHTS, 0, 0)
-    net = models.build_model(name, 21, image_size=size).to(CUDA, memory_format=train.LAYOUTS[layout])
-    return net, train.make_optimizer("sgd", net, 1e-3), torch.amp.GradScaler("cuda", enabled=amp == "fp16")
+    engine.seed_all(engine.WEIGHTS, 0, 0)
+    net = models.build_model(name, 21, image_size=size).to(CUDA, memory_format=engine.LAYOUTS[layout])
+    return net, engine.make_optimizer("sgd", net, 1e-3), torch.amp.GradScaler("cuda", enabled=amp == "fp16")
 
 
 def batches(number, size=64, images=8):
@@ -66,7 +68,7 @@ def batches(number, size=64, images=8):
 
 def losses(net, optimizer, scaler, some, amp, layout="channels_last"):
     mean, std = (torch.tensor(SETTINGS[name], device=CUDA) for name in ("mean", "std"))
-    return train.train_epoch(net, some, optimizer, scaler, mean, std, CUDA, amp, train.LAYOUTS[layout])
+    return engine.train_epoch(net, some, optimizer, scaler, mean, std, CUDA, amp, engine.LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,7 +88,7 @@ def test_no_step_waits_for_the_gpu(amp):
     mean, std = (torch.tensor(SETTINGS[name], device=CUDA) for name in ("mean", "std"))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    found = train.train_epoch(net, some, optimizer, scaler, mean, std, CUDA, amp, torch.channels_last)
+    found = engine.train_epoch(net, some, optimizer, scaler, mean, std, CUDA, amp, torch.channels_last)
     torch.cuda.set_sync_debug_mode("default")
     assert found.shape == (5,) and torch.isfinite(found).all()
 
@@ -126,7 +128,7 @@ def test_killed_and_resumed_it_has_the_same_schedule(cells, tmp_path, amp):
     """A failure in epoch 3 of 5: rates are equal and losses close, since CUDA's sums have no fixed order."""
 
     def fitted(folder, fail=None):
-        train.seed_all(train.WEIGHTS, 0, 0)
+        engine.seed_all(engine.WEIGHTS, 0, 0)
         net, epoch = models.build_model("resnet18", 2, image_size=64), itertools.count(1)
         if fail:
 
@@ -135,7 +137,7 @@ def test_killed_and_resumed_it_has_the_same_schedule(cells, tmp_path, amp):
                     raise InterruptedError
 
             net.register_forward_pre_hook(stop)
-        return train.fit(
+        return engine.fit(
             folder, net, cells, cells, lr=0.01, epochs=5, batch_size=8, amp=amp, schedule="cosine", **SETTINGS
         )
 
@@ -162,7 +164,7 @@ def test_range_test_and_trial_leave_no_memory_behind(cells, tmp_path):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     options = SETTINGS | {"batch_size": 8, "seed": 0, "crop": True, "workers": 0, "amp": "bf16"}
-    train.find_lr(
+    learning_rate.find_lr(
         tmp_path,
         lambda seed: models.build_model("resnet18", 2, image_size=64),
         cells,
@@ -191,8 +193,8 @@ def test_heatmaps_are_those_of_the_cpu(name):
 
 def test_logits_are_those_of_the_cpu(cells):
     net = models.build_model("resnet18", 2, image_size=64)
-    cpu = train.predict(net, cells, **SETTINGS | {"device": "cpu"})
-    gpu = train.predict(net.to(CUDA), cells, **SETTINGS)
+    cpu = engine.predict(net, cells, **SETTINGS | {"device": "cpu"})
+    gpu = engine.predict(net.to(CUDA), cells, **SETTINGS)
     assert gpu.device.type == "cpu" and torch.allclose(cpu, gpu, atol=0.02)
 
 
@@ -203,7 +205,7 @@ def test_a_run_on_the_cpu_does_not_touch_cuda(run, tmp_path):
         "images = np.zeros((8, 32, 32, 3), np.uint8)\n"
         "cells = datasets.Cells('.', 'mine', ['A', 'B'], list('01234567'), np.arange(8) % 2, read=lambda i: images[int(i)])\n"
         "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
-        "train.fit(sys.argv[1], net, cells, cells, lr=0.1, epochs=1, image_size=32, mean=[0] * 3, std=[1] * 3,\n"
+        "engine.fit(sys.argv[1], net, cells, cells, lr=0.1, epochs=1, image_size=32, mean=[0] * 3, std=[1] * 3,\n"
         "          device=train.choose_device('cpu'))\n"
         "sys.exit(torch.cuda.is_initialized())\n"
     )
@@ -222,7 +224,7 @@ def test_a_second_gpu_is_used_alone(cells, tmp_path):
     before = torch.cuda.memory_allocated(0)
     device = train.choose_device("cuda:1")
     try:
-        train.fit(
+        engine.fit(
             tmp_path,
             models.build_model("resnet18", 2, image_size=64),
             cells,

@@ -21,6 +21,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 import datasets
 import gradcam
 import models
+import engine
 import train
 
 pytestmark = pytest.mark.long
@@ -121,7 +122,7 @@ def test_share_of_heat_inside_the_deciding_structure(name, size, epochs, build, 
     training, validation, test, masks = draw(size)
     torch.manual_seed(0)
     net = build()
-    train.fit(
+    engine.fit(
         tmp_path,
         net,
         training,

@@ -23,6 +23,7 @@ import torch
 
 import datasets
 import models
+import engine
 import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -496,6 +497,7 @@ def test_stopped_by_a_signal(starter, cells, tmp_path, number, group, workers):
 
 AT_FORK = """
 import multiprocessing, os, signal, time
+import engine
 import train
 signal.signal(signal.SIGTERM, train.interrupt)
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -807,10 +809,10 @@ def test_fit_itself_refuses_other_images_and_settings_and_says_when_nothing_is_l
         "std": [0.2] * 3,
     }
     net = models.build_model("squeezenet1_1", len(data.classes), None, 32)
-    rows = train.fit(tmp_path / "run", net, one, two, **options)
+    rows = engine.fit(tmp_path / "run", net, one, two, **options)
     capsys.readouterr()
     assert (
-        train.fit(tmp_path / "run", net, one, two, **options) == rows
+        engine.fit(tmp_path / "run", net, one, two, **options) == rows
         and "nothing left to train" in capsys.readouterr().out
     )
     for images, more, word in (
@@ -819,7 +821,7 @@ def test_fit_itself_refuses_other_images_and_settings_and_says_when_nothing_is_l
         ((one, two), {"seed": 3}, "seed"),
     ):
         with pytest.raises(SystemExit, match=f"begun with other {word};"):
-            train.fit(tmp_path / "run", net, *images, **options | more)
+            engine.fit(tmp_path / "run", net, *images, **options | more)
 
 
 def test_images_gone_and_new(starter, cells, undisturbed, tmp_path):

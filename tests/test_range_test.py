@@ -20,6 +20,8 @@ from sklearn import metrics
 
 import datasets
 import models
+import engine
+import learning_rate
 import train
 
 RATES = np.geomspace(1e-7, 10, 100)
@@ -93,7 +95,7 @@ def losses_by_hand(net, batches):
 
 def test_100_rates_from_1e7th_to_10_and_losses_of_sgd_by_hand(cells):
     seen = []
-    rates, losses = train.range_test(regression(seen), cells, **SETTINGS)
+    rates, losses = learning_rate.range_test(regression(seen), cells, **SETTINGS)
     net = regression([])
     assert np.allclose(rates, RATES, rtol=1e-9, atol=0) and len(losses) == 100
     assert np.allclose(losses, losses_by_hand(net, [batch for batch, _ in seen]), rtol=2e-5)
@@ -104,7 +106,7 @@ def test_100_rates_from_1e7th_to_10_and_losses_of_sgd_by_hand(cells):
 def test_its_batches_are_those_of_the_training(cells, crop):
     """23 images, 3 batches an epoch: still 100 batches, all different, balanced, rotated, cropped but in pre-training."""
     seen = []
-    train.range_test(regression(seen), cells, **SETTINGS | {"crop": crop})
+    learning_rate.range_test(regression(seen), cells, **SETTINGS | {"crop": crop})
     batches = [pixels(batch) for batch, _ in seen]
     assert len(batches) == 100 and {batch.shape for batch in batches} == {(8, 3, 8, 8)}
     assert len({batch.tobytes() for batch in batches}) == 100
@@ -119,7 +121,7 @@ def test_its_batches_are_those_of_the_training(cells, crop):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_it_uses_the_layout_of_the_training(cells, layout):
     seen = []
-    train.range_test(regression(seen), cells, **SETTINGS | {"memory_format": layout})
+    learning_rate.range_test(regression(seen), cells, **SETTINGS | {"memory_format": layout})
     assert {batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in seen} == {
         layout == "channels_last"
     }
@@ -131,7 +133,7 @@ def test_it_uses_the_layout_of_the_training(cells, layout):
 def test_it_uses_the_precision_of_the_training(cells, amp, precision):
     """Mixed precision follows the hand-made losses to its three digits, but not to float32's seven."""
     seen = []
-    rates, losses = train.range_test(regression(seen), cells, **SETTINGS | {"amp": amp})
+    rates, losses = learning_rate.range_test(regression(seen), cells, **SETTINGS | {"amp": amp})
     net = regression([])
     assert {out for _, out in seen} == {precision} and len(rates) == 100
     error = np.abs(losses / losses_by_hand(net, [batch for batch, _ in seen]) - 1)
@@ -141,7 +143,7 @@ def test_it_uses_the_precision_of_the_training(cells, amp, precision):
 def test_the_number_of_data_workers_changes_nothing(cells):
     """Two runs, one with a worker process: the same losses, bit for bit."""
     alone, shared = (
-        train.range_test(regression([]), cells, **SETTINGS | {"workers": workers}) for workers in (0, 1)
+        learning_rate.range_test(regression([]), cells, **SETTINGS | {"workers": workers}) for workers in (0, 1)
     )
     assert alone == shared
 
@@ -152,7 +154,7 @@ def test_a_network_that_diverges_ends_the_test(cells):
     net = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)
     )
-    rates, losses = train.range_test(net, cells, **SETTINGS | {"std": np.full(3, 0.02)})
+    rates, losses = learning_rate.range_test(net, cells, **SETTINGS | {"std": np.full(3, 0.02)})
     assert len(rates) == len(losses) < 100 and not losses[-1] < 5 * min(losses)
 
 
@@ -218,7 +220,7 @@ def test_what_is_kept_of_it(measured):
     assert len(losses) == len(rates) > 50
     tried = [rate for rate, _ in found["candidates"]]
     assert (
-        found["lr"] == train.middle_rate(found["candidates"], np.full(3, 2))[0]
+        found["lr"] == learning_rate.choose_rate(found["candidates"], np.full(3, 2))[0]
         and max(tried) < rates[-1]
         and len(tried) == 5
     )
@@ -268,8 +270,8 @@ def test_it_sees_the_training_images_of_fold_0_and_no_other(measured, pictures):
         )
         paths.sort(key=lambda path: (part.classes.index(path[:3]), path))
         part.paths = np.array(paths)
-        train.seed_all(train.WEIGHTS, 0, 0)
-        _, losses = train.range_test(
+        engine.seed_all(engine.WEIGHTS, 0, 0)
+        _, losses = learning_rate.range_test(
             models.build_model("shufflenet_v2_x0_5", 3, image_size=32), part, **settings
         )
         assert (losses == written) == (fold == 0)
@@ -342,7 +344,7 @@ def test_a_short_run_takes_the_middle_rate_and_says_so(pictures, tmp_path, capsy
 def test_a_trial_is_sgd_at_a_constant_rate_by_hand(cells):
     """Half of the steps, a look at the validation images, the other half, and again: a regression by hand in NumPy."""
     seen, val, right = [], cells.subset(np.arange(10, 23)), []
-    score = train.try_lr(regression(seen), cells, val, 1e-2, steps=40, **SETTINGS, optimizer="sgd")
+    score = learning_rate.try_lr(regression(seen), cells, val, 1e-2, steps=40, **SETTINGS, optimizer="sgd")
     (weight, bias), moves = (p.detach().double().numpy().copy() for p in regression([]).parameters()), [0, 0]
     assert [len(batch) for batch, _ in seen] == 2 * [*[8] * 20, 13]
     for batch, _ in seen:
@@ -362,16 +364,16 @@ def test_a_trial_is_sgd_at_a_constant_rate_by_hand(cells):
 def test_the_rates_are_tried_and_kept_with_their_recalls(cells, tmp_path):
     """Half decades about 0.003, each from the same first weights, trained and validated on what is given; kept with their scores."""
     part, val = {"optimizer": "sgd", **SETTINGS}, cells.subset(np.r_[10:20, np.repeat([20, 21, 22], 4)])
-    rate = train.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=200, **part)
+    rate = learning_rate.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=200, **part)
     found = json.loads((tmp_path / "measured.json").read_text())
     tried, scores = zip(*found["candidates"])
     assert tried == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) and max(scores) > 1 / 2
     assert (
         found["lr"]
         == rate
-        == train.middle_rate(found["candidates"], np.unique(val.targets, return_counts=True)[1])[0]
+        == learning_rate.choose_rate(found["candidates"], np.unique(val.targets, return_counts=True)[1])[0]
     )
-    again = [train.try_lr(regression([]), cells, val, lr, steps=40, **part) for lr in tried]
+    again = [learning_rate.try_lr(regression([]), cells, val, lr, steps=40, **part) for lr in tried]
     assert again == list(scores)  # (200 epochs x 3 steps / 2 - 100) / 5 rates
 
 
@@ -392,7 +394,7 @@ def test_the_middle_of_the_good_rates_is_taken(recalls, number):
     """The geometric mean of those that are as good as the best, with two digits."""
     good = [rate for rate, recall in zip(RATES_TRIED, recalls) if recall == max(recalls)]
     assert len(good) == number
-    assert train.middle_rate(list(zip(RATES_TRIED, recalls)), np.full(10, 80)) == (
+    assert learning_rate.choose_rate(list(zip(RATES_TRIED, recalls)), np.full(10, 80)) == (
         float(f"{stats.gmean(good):.2g}"),
         True,
     )
@@ -404,7 +406,7 @@ def test_rates_are_weighted_by_the_chance_of_such_a_difference():
     drawn = (rng.binomial(images, 0.6, (4, 200_000, 5)) / images).mean(2)
     error = (drawn[0] + drawn[1] - drawn[2] - drawn[3]).std()  # of a difference, all variances doubled
     weights = stats.norm.pdf([0.04, 0, 0.05, 0.12, 0.4], scale=error)
-    rate, _ = train.middle_rate(list(zip(RATES_TRIED, (0.56, 0.6, 0.55, 0.48, 0.2))), images)
+    rate, _ = learning_rate.choose_rate(list(zip(RATES_TRIED, (0.56, 0.6, 0.55, 0.48, 0.2))), images)
     assert rate == pytest.approx(stats.gmean(RATES_TRIED, weights=weights), rel=0.03)
     assert (
         min(abs(math.log(rate / other)) for other in (stats.gmean(RATES_TRIED[:3]), *RATES_TRIED)) > 0.1
@@ -416,13 +418,13 @@ def test_chance_is_no_learning():
     images, rng = np.full(7, 80), np.random.default_rng(0)
     error = (rng.binomial(80, 1 / 7, (100_000, 7)) / 80).mean(1).std()
     for errors, learned in ((0.9, False), (1.1, True)):
-        assert train.middle_rate([(0.003, 1 / 7 + errors * error)], images) == (0.003, learned)
+        assert learning_rate.choose_rate([(0.003, 1 / 7 + errors * error)], images) == (0.003, learned)
 
 
 @pytest.mark.parametrize("optimizer, epochs, expected", [("sgd", 100, []), ("adamw", 160, [3e-5])])
 def test_half_of_the_steps_at_most(cells, tmp_path, optimizer, epochs, expected):
     """300 steps leave 50 after the range test, ten for each rate: too few; AdamW's rates are a tenth of SGD's."""
-    train.find_lr(
+    learning_rate.find_lr(
         tmp_path, lambda seed: regression([]), cells, cells, epochs=epochs, optimizer=optimizer, **SETTINGS
     )
     found = json.loads((tmp_path / "measured.json").read_text())
@@ -441,7 +443,7 @@ def test_rare_classes_are_all_looked_at(cells, tmp_path):
         targets,
         read=lambda path: seen.update([path]) or np.zeros((12, 12, 3), np.uint8),
     )
-    train.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=140, optimizer="sgd", **SETTINGS)
+    learning_rate.find_lr(tmp_path, lambda seed: regression([]), cells, val, epochs=140, optimizer="sgd", **SETTINGS)
     assert set(seen.values()) == {2 * 5} and len(seen) == 1040  # two looks for each of five rates
     assert set(paths[1500:]) <= set(seen)
 
@@ -451,7 +453,7 @@ def test_a_fold_0_without_images_is_said(cells, tmp_path, rows):
     """A published split may leave fold 0 without validation images: one line, and --lr as the way out."""
     parts = [cells.subset(np.arange(23)[row]) for row in rows]
     with pytest.raises(SystemExit, match=r"^[^\n]*fold 0 has no images[^\n]*--lr[^\n]*$"):
-        train.find_lr(tmp_path, lambda seed: regression([]), *parts, epochs=200, optimizer="sgd", **SETTINGS)
+        learning_rate.find_lr(tmp_path, lambda seed: regression([]), *parts, epochs=200, optimizer="sgd", **SETTINGS)
 
 
 def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, capsys):
@@ -465,7 +467,7 @@ def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, ca
         read=lambda path: np.zeros((12, 12, 3), np.uint8),
     )
     assert (
-        train.find_lr(
+        learning_rate.find_lr(
             tmp_path, lambda seed: regression([]), black, black, epochs=200, optimizer="sgd", **SETTINGS
         )
         == 0.0031
@@ -477,7 +479,7 @@ def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, ca
 def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json, and keeps what else stands in it; a damaged one is named."""
     (tmp_path / "measured.json").write_text('{"more": [1]}')
-    rate = train.find_lr(
+    rate = learning_rate.find_lr(
         tmp_path, lambda seed: regression([]), cells, cells, epochs=1, optimizer="sgd", **SETTINGS
     )
     assert json.loads((tmp_path / "measured.json").read_text()) == {
@@ -492,10 +494,10 @@ def test_the_rate_is_measured_once(cells, tmp_path):
         "data": None,
         "weights": None,
     }
-    assert train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS) == rate
+    assert learning_rate.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS) == rate
     (tmp_path / "measured.json").write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
-        train.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
+        learning_rate.find_lr(tmp_path, None, cells, cells, epochs=1, optimizer="sgd", **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -517,7 +519,7 @@ def test_a_rate_of_other_settings_is_not_taken(cells, tmp_path, key, value):
         '"epochs": 1, "seed": 3, "data": "cells", "weights": null}'
     )
     with pytest.raises(SystemExit, match=f"measured with {key}.*not {value}.*--name"):
-        train.find_lr(
+        learning_rate.find_lr(
             tmp_path,
             None,
             cells,

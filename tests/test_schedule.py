@@ -20,6 +20,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 import datasets
 import evaluate
+import engine
 import train
 
 SETTINGS = {
@@ -76,7 +77,7 @@ def scripted(losses=None, right=None, fail=None):
 
 def fitted(folder, net, epochs, cells=BLACK, **options):
     """fit's history as {column: list}, which log.csv has to repeat."""
-    history = train.fit(folder, net, cells, cells, epochs=epochs, **{"lr": 0.1} | SETTINGS | options)
+    history = engine.fit(folder, net, cells, cells, epochs=epochs, **{"lr": 0.1} | SETTINGS | options)
     columns = {column: [row[column] for row in history] for column in history[0]}
     assert logged(folder) == columns
     return columns
@@ -157,7 +158,7 @@ def test_the_first_step_of_adamw_by_hand():
     """The gradient's sign times the rate, after a decay of a hundredth of the rate (Loshchilov and Hutter's defaults)."""
     net = torch.nn.Linear(2, 1, bias=False)
     before = net.weight.detach().numpy().copy()
-    optimizer = train.make_optimizer("adamw", net, 0.1)
+    optimizer = engine.make_optimizer("adamw", net, 0.1)
     net(torch.tensor([[3.0, -2.0]])).sum().backward()
     optimizer.step()
     expected = before * (1 - 0.1 * 0.01) - 0.1 * np.array([[1, -1]])
@@ -207,7 +208,7 @@ def test_defaults_are_the_papers():
         "auto",
         0,
     )
-    own = {name: one.default for name, one in inspect.signature(train.fit).parameters.items()}
+    own = {name: one.default for name, one in inspect.signature(engine.fit).parameters.items()}
     assert (own["epochs"], own["batch_size"], own["image_size"], own["stop_lr"], own["crop"]) == (
         75,
         32,
@@ -277,7 +278,7 @@ def test_a_batch_has_32_images_unless_it_is_told_otherwise(tmp_path):
     )
     forty = cells_of(np.zeros((40, 4, 4, 3), np.uint8), np.arange(40) % 2)
     settings = {key: value for key, value in SETTINGS.items() if key != "batch_size"}
-    train.fit(tmp_path, net, forty, forty, lr=0.1, epochs=1, **settings)
+    engine.fit(tmp_path, net, forty, forty, lr=0.1, epochs=1, **settings)
     assert seen == [32, 32]
 
 
