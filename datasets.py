@@ -148,14 +148,41 @@ def warp(image, size, box, angle, flip_x=False, flip_y=False):
     return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
 
-def augment(image, size, rng, crop=True):
+def jitter(image, rng, colour):
+    """Brightness, contrast, saturation and hue of uint8 RGB [H,W,3], each changed at random, in random order.
+
+    Distributed as torchvision's ColorJitter(colour, colour, colour, colour), colour from 0 to 0.5.
+    """
+    for change in rng.permutation(["brightness", "contrast", "saturation", "hue"]):
+        factor, grey = rng.uniform(1 - colour, 1 + colour), cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        if change == "brightness":
+            image = cv2.convertScaleAbs(image, alpha=factor)
+        elif change == "contrast":
+            image = cv2.addWeighted(image, factor, image, 0, (1 - factor) * grey.mean())
+        elif change == "saturation":
+            image = cv2.addWeighted(image, factor, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+        else:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 256 steps, which wrap
+            hsv[..., 0] += np.uint8(round(256 * (factor - 1)) % 256)
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    return image
+
+
+def augment(image, size, rng, crop=True, colour=0.0):
     """The paper's augmentation (2.3) of uint8 RGB [H,W,3] to [size,size,3]; no crop in pre-training.
 
-    rng (numpy's Generator) is of this image in this epoch alone: draw from it as often as you like.
+    colour: jitter's, which the paper does not have. rng (numpy's Generator) is of this image in this epoch
+    alone: draw from it as often as you like.
     """
     height, width = image.shape[:2]
     box = draw_crop(height, width, rng) if crop else (0, 0, height, width)
     angle, flip_x, flip_y = rng.uniform(0, ROTATION), rng.random() < 0.5, rng.random() < 0.5
+    if colour:  # before the rotation, whose corners stay black
+        top, left, height, width = box
+        image, box = (
+            jitter(image[top : top + height, left : left + width], rng, colour),
+            (0, 0, height, width),
+        )
     return warp(image, size, box, angle, flip_x, flip_y)
 
 
@@ -353,8 +380,9 @@ class Batches(torch.utils.data.Dataset):
     (An attribute set on a data set never reaches persistent workers.)
     """
 
-    def __init__(self, cells, size, seed=0, fold=0, crop=True):
-        self.cells, self.size, self.seed, self.fold, self.crop = cells, size, seed, fold, crop
+    def __init__(self, cells, size, seed=0, fold=0, crop=True, colour=0.0):
+        self.cells, self.size, self.seed, self.fold = cells, size, seed, fold
+        self.crop, self.colour = crop, colour
 
     def __getitems__(self, key):
         epoch, first, indices = key if isinstance(key, tuple) else (None, 0, key)
@@ -364,7 +392,7 @@ class Batches(torch.utils.data.Dataset):
                 images[position] = resize(self.cells[index], self.size)
             else:
                 rng = np.random.default_rng([AUGMENTATION, self.seed, self.fold, epoch, first + position])
-                images[position] = augment(self.cells[index], self.size, rng, self.crop)
+                images[position] = augment(self.cells[index], self.size, rng, self.crop, self.colour)
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.cells.targets[indices])
 
 

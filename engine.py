@@ -85,34 +85,53 @@ def sum_of_ranks(tensor, buffers=()):
 # ---------------------------------------------------------------- optimizers and schedules
 def make_optimizer(name, net, lr):
     """The paper's optimizer (sgd) or another; fused, or fp16's scaler would wait for the GPU every step."""
+    weights = [weight for weight in net.parameters() if weight.requires_grad]  # not those that are frozen
     if name == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr, fused=True)
+        return torch.optim.AdamW(weights, lr, fused=True)
     assert name == "sgd", name
-    optimizer = torch.optim.SGD(net.parameters(), lr, MOMENTUM, fused=True)
-    for weight in net.parameters():  # fused SGD leaves it unwritten where fp16 skips the first step
+    optimizer = torch.optim.SGD(weights, lr, MOMENTUM, fused=True)
+    for weight in weights:  # fused SGD leaves it unwritten where fp16 skips the first step
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
 
 
 def make_scheduler(name, optimizer, epochs):
-    """The paper's schedule (plateau) or another; fit gives the validation loss to plateau alone."""
+    """The paper's schedule (plateau) or another."""
     if name == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     assert name == "plateau", name
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", PLATEAU_FACTOR, PLATEAU_PATIENCE)
 
 
+def step_scheduler(scheduler, val_loss):
+    """The end of an epoch; the validation loss is for the plateau alone."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(val_loss)
+    else:
+        scheduler.step()
+
+
+def training_loss(logits, labels, smoothing=0.0):
+    """What a batch is trained by: the paper's cross-entropy, or that of smoothed labels (torch's formula)."""
+    return cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
 # ---------------------------------------------------------------- training and predictions
-def train_epoch(net, batches, optimizer, scaler, mean, std, device, amp, layout):
+def train_mode(net):
+    """net.train(); of a frozen network (models.freeze) batch norm and dropout stay as in evaluation."""
+    net.train(all(weight.requires_grad for weight in net.parameters()))
+
+
+def train_epoch(net, batches, optimizer, scaler, mean, std, device, amp, layout, smoothing=0.0):
     """Train on all batches; returns their losses on the device: reading one back would make the GPU wait."""
-    net.train()
+    train_mode(net)
     losses = []
     for images, labels in batches:
         optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations need the memory
         images = images.to(device, non_blocking=True).contiguous(memory_format=layout)
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, AMP_DTYPES[amp], amp != "off"):
-            loss = cross_entropy(net(datasets.normalise(images, mean, std)), labels)
+            loss = training_loss(net(datasets.normalise(images, mean, std)), labels, smoothing)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -205,6 +224,8 @@ def fit(
     stop_lr=0.0,
     optimizer="sgd",
     schedule="plateau",
+    smoothing=0.0,
+    colour=0.0,
     info=None,
 ):
     """Train net on train and choose the epoch on val (both Cells); returns the rows of log.csv as dicts.
@@ -214,21 +235,21 @@ def fit(
     besides (models.load_checkpoint needs model and init). SystemExit if the loss is not finite. (2.2, 2.3)
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
-    cuda, (rank, number) = device.type == "cuda", ranks()
-    counts = np.bincount(train.targets, minlength=len(train.classes)).tolist()
-    info = {**(info or {}), "classes": train.classes, "train_counts": counts, "fold": fold}
+    rank, number = ranks()
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-    info |= {"mean": mean.tolist(), "std": std.tolist(), "image_size": image_size}
-    prediction = {"mean": mean, "std": std, "image_size": image_size, "workers": workers}
-    prediction |= {"device": device, "amp": amp, "memory_format": memory_format}
+    info = (info or {}) | {"fold": fold} | checkpoint_info(train, mean, std, image_size)
+    images = {"mean": mean, "std": std, "image_size": image_size, "workers": workers}
+    images |= {"device": device, "amp": amp, "memory_format": memory_format}
     net.to(device, memory_format=layout)
     optimizer = make_optimizer(optimizer, net, lr)
     scheduler = make_scheduler(schedule, optimizer, epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    settings = mean, std, device, amp, layout, smoothing
     history = resume(folder, parts, epochs, info)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
-    batches = datasets.loader(datasets.Batches(train, image_size, seed, fold, crop), order, workers, cuda)
+    batches = datasets.Batches(train, image_size, seed, fold, crop, colour)
+    batches = datasets.loader(batches, order, workers, device.type == "cuda")
     wrapped = wrap(net, device, compile)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes while the next epoch trains
         writing = writer.submit(int)  # nothing
@@ -240,14 +261,11 @@ def fit(
             steps = iter(batches)
             seed_all(DROPOUT, seed, fold, epoch, rank)  # after iter(), which draws from the generator too
             steps = tqdm(steps, f"epoch {epoch}", len(batches), leave=False, disable=rank > 0 or None)
-            losses = train_epoch(wrapped, steps, optimizer, scaler, mean, std, device, amp, layout)
+            losses = train_epoch(wrapped, steps, optimizer, scaler, *settings)
             train_loss = (sum_of_ranks(losses, net.buffers()) / number).cpu().mean().item()
             speed = len(batches) * batch_size / (time.perf_counter() - start)
-            val_loss, accuracy = validate(net, val, **prediction)
-            if schedule == "plateau":
-                scheduler.step(val_loss)
-            else:
-                scheduler.step()
+            val_loss, accuracy = validate(net, val, **images)
+            step_scheduler(scheduler, val_loss)
             row = epoch, rate, train_loss, val_loss, accuracy, speed, time.perf_counter() - start
             history.append(dict(zip(LOG, row)))
             check_epoch(folder, history[-1], epochs)
@@ -278,6 +296,13 @@ def check_epoch(folder, row, epochs):
 
 
 # ---------------------------------------------------------------- checkpoints
+def checkpoint_info(train, mean, std, image_size):
+    """What best.pt says of the images: classes, their numbers, normalisation (tensors [3]) and size."""
+    counts = np.bincount(train.targets, minlength=len(train.classes)).tolist()
+    info = {"classes": train.classes, "train_counts": counts, "image_size": image_size}
+    return info | {"mean": mean.tolist(), "std": std.tolist()}
+
+
 def to_cpu(state):
     """A copy of nested dicts, all tensors on the CPU, in the memory format that fused optimizers rely on."""
     if torch.is_tensor(state):

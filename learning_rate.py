@@ -7,6 +7,7 @@ find_lr leaves measured.json and lr_range.csv. To copy this file, take engine.py
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -40,6 +41,8 @@ def range_test(
     amp,
     memory_format,
     optimizer="sgd",
+    smoothing=0.0,
+    colour=0.0,
 ):
     """Train net on train (Cells) for 100 steps at exponentially rising rates, or until the loss explodes.
 
@@ -50,18 +53,20 @@ def range_test(
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
 
     def prepare(module, inputs):
+        engine.train_mode(module)  # the library calls net.train() before each step
         return datasets.normalise(inputs[0].contiguous(memory_format=layout), mean, std)
 
     net.register_forward_pre_hook(prepare, prepend=True)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
     order.epoch, order.batches = 0, STEPS  # 100 batches however small the data set is
-    batches = datasets.Batches(train, image_size, seed, 0, crop)
+    batches = datasets.Batches(train, image_size, seed, 0, crop, colour)
     batches = datasets.loader(batches, order, workers, device.type == "cuda")
     optimizer = engine.make_optimizer(optimizer, net, LOW)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     amp = {"device_type": device.type, "dtype": AMP_DTYPES[amp], "enabled": amp != "off"}
     settings = {"amp_backend": "torch", "amp_config": amp, "grad_scaler": scaler}
-    finder = torch_lr_finder.LRFinder(net, optimizer, torch.nn.CrossEntropyLoss(), device, **settings)
+    loss = functools.partial(engine.training_loss, smoothing=smoothing)
+    finder = torch_lr_finder.LRFinder(net, optimizer, loss, device, **settings)
     finder.state_cacher.cached.clear()  # its copy of the weights, on the device
     engine.seed_all(DROPOUT, seed, 0, 0, 0)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -71,7 +76,9 @@ def range_test(
     return finder.history["lr"], [*smoothed[:1].tolist(), *losses.tolist()]
 
 
-def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, **options):
+def try_lr(
+    net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, smoothing=0.0, colour=0.0, **options
+):
     """Train net on train for some steps at a constant rate; returns the mean recall of val's classes.
 
     It is the mean of two looks, half way and at the end. options: predict's.
@@ -83,7 +90,7 @@ def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, **o
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, 0)
     order.batches = steps // 2
-    batches = datasets.Batches(train, options["image_size"], seed, 0, crop)
+    batches = datasets.Batches(train, options["image_size"], seed, 0, crop, colour)
     batches = datasets.loader(batches, order, options["workers"], device.type == "cuda")
     recalls, images = [], np.bincount(val.targets)
     for half in (1, 2):
@@ -91,7 +98,7 @@ def try_lr(net, train, val, lr, *, steps, batch_size, seed, crop, optimizer, **o
         iterator = iter(batches)
         engine.seed_all(DROPOUT, seed, 0, half, 0)
         bar = tqdm(iterator, f"trying the rate {lr:g}", len(batches), leave=False, disable=None)
-        engine.train_epoch(net, bar, optimizer, scaler, mean, std, device, amp, layout)
+        engine.train_epoch(net, bar, optimizer, scaler, mean, std, device, amp, layout, smoothing)
         right = engine.predict(net, val, alone=True, **options).argmax(1).numpy() == val.targets
         recalls.append((np.bincount(val.targets, right)[images > 0] / images[images > 0]).mean())
     score = float(np.mean(recalls))
@@ -124,11 +131,13 @@ def balanced_subset(cells, seed):
     return cells.subset(np.sort(np.concatenate(chosen)))
 
 
-def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **options):
+def find_lr(folder, make_net, train, val, *, epochs, origin=None, **options):
     """The initial learning rate of a model and init, once for all folds, from fold 0 (measured.json).
 
     Each of five rates below the one at which the range test's loss explodes is tried on a new network. All of
     it takes at most half of one fold's steps; a run too short for that takes the middle one of the five.
+    origin: what else the rate depends on (weights, data, ...), a dict: where it changes, the rate is measured
+    anew. options: range_test's.
     """
     if not len(train) or not len(val):
         why = "fold 0 has no images to train on or to validate with, by which the rate of all folds is found"
@@ -136,8 +145,8 @@ def find_lr(folder, make_net, train, val, *, epochs, data=None, weights=None, **
     file, tried = folder / "measured.json", RATES[options["optimizer"]]
     steps = epochs * math.ceil(len(train) / options["batch_size"])
     steps = min((steps // 2 - STEPS) // len(tried), MAX_STEPS)
-    settings = {key: options[key] for key in ("optimizer", "batch_size", "image_size", "seed")}
-    settings |= {"epochs": epochs, "data": data, "weights": weights}
+    names = "optimizer batch_size image_size seed smoothing colour".split()
+    settings = {key: options[key] for key in names if key in options} | {"epochs": epochs} | (origin or {})
     with datasets.file_lock(folder / "measured.lock"):
         before = datasets.read_json(file) if file.exists() else {}
         changed = [key for key in settings if before.get(key) != settings[key]]

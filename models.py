@@ -113,6 +113,12 @@ def head_name(net):
     return [name for name, layer in layers if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)][-1]
 
 
+def freeze(net):
+    """net, of which the last layer alone learns (linear probing): all other weights need no gradient."""
+    net.requires_grad_(False).get_submodule(head_name(net)).requires_grad_(True)
+    return net
+
+
 def fetch(name, weights="imagenet"):
     """(URL, Path) of ImageNet weights, downloaded if need be, with a hash check. SystemExit if that fails."""
     url, file = imagenet_file(name, weights)

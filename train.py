@@ -49,6 +49,9 @@ def add_options(parser):
     add("--stop-lr", type=float, default=0.0, help="stop below this share of the first rate")
     add("--optimizer", choices=engine.OPTIMIZERS, default="sgd")
     add("--schedule", choices=engine.SCHEDULES, default="plateau", help="of the learning rate")
+    add("--smoothing", type=float, default=0.0, help="label smoothing of the training loss, e.g. 0.1")
+    add("--colour", type=float, default=0.0, help="jitter of the training images' colours, e.g. 0.1")
+    add("--freeze", action="store_true", help="train the new last layer alone (linear probing)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--workers", default="auto", help="data loading processes (of each rank)")
     add("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto", help="precision (off on CUDA: TF32)")
@@ -67,6 +70,8 @@ def run_options(args, parser):
         check(name, getattr(args, name) >= least, f"at least {least}")
     check("stop_lr", 0 <= args.stop_lr <= 1, "from 0 to 1")
     check("stop_lr", args.schedule == "plateau" or not args.stop_lr, "0 unless the schedule is plateau")
+    check("smoothing", 0 <= args.smoothing < 1, "from 0 to below 1")
+    check("colour", 0 <= args.colour <= 0.5, "from 0 to 0.5")
     check("workers", args.workers == "auto" or args.workers.isdecimal(), "auto or a whole number")
     if args.lr != "auto":
         with contextlib.suppress(ValueError):
@@ -83,7 +88,8 @@ def run_options(args, parser):
         parser.error("--compile: not together with torchrun")
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
-    names = "model lr seed batch_size epochs image_size stop_lr optimizer schedule memory_format compile"
+    names = "model lr seed batch_size epochs image_size stop_lr optimizer schedule smoothing colour freeze "
+    names += "memory_format compile"
     workers = choose_workers(device) if args.workers == "auto" else int(args.workers)
     chosen = {"device": device, "amp": choose_amp(device, args.amp), "workers": workers}
     return {name: getattr(args, name) for name in names.split()} | chosen
@@ -157,7 +163,21 @@ def versions():
 
 
 def run(
-    folder, shared, cells, info, parts, *, model, init, weights, fold, lr, memory_format, crop=True, **options
+    folder,
+    shared,
+    cells,
+    info,
+    parts,
+    *,
+    model,
+    init,
+    weights,
+    fold,
+    lr,
+    memory_format,
+    freeze,
+    crop=True,
+    **options,
 ):
     """One fine-tuning or pre-training from its initial weights to predictions.csv; returns the exit status.
 
@@ -171,12 +191,14 @@ def run(
     split = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
     split = hashlib.sha256(split.encode(errors="surrogateescape")).hexdigest()
     settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
+    settings["freeze"] = freeze
     settings |= {key: options[key] for key in options if key not in ("device", "workers", "compile", "amp")}
     file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
 
     def make_net(number):
         engine.seed_all(engine.WEIGHTS, options["seed"], number)
-        return models.build_model(model, len(cells.classes), weights, options["image_size"])
+        net = models.build_model(model, len(cells.classes), weights, options["image_size"])
+        return models.freeze(net) if freeze else net
 
     lock = datasets.run_lock(folder) if ranks()[0] == 0 else contextlib.nullcontext()
     with lock as ours:
@@ -219,8 +241,8 @@ def measure_lr(folder, make_net, cells, parts, settings, options):
     train, val = (cells.subset(parts[:, 0] == part) for part in ("train", "val"))
     others = ("stop_lr", "schedule", "compile")
     options = {key: options[key] for key in options if key not in others}
-    options |= {key: settings[key] for key in ("data", "weights")}
-    return learning_rate.find_lr(folder, make_net, train, val, **options)
+    origin = {key: settings[key] for key in ("data", "weights", "freeze")}
+    return learning_rate.find_lr(folder, make_net, train, val, origin=origin, **options)
 
 
 def run_record(options):
