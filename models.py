@@ -3,7 +3,8 @@
     python models.py                               # Table 3: ImageNet accuracies and parameters
     python models.py --fetch resnet152 vit_l_32    # fetches ImageNet weights for a night without network
 
-Any classification model of torchvision gets a new last layer. Files are read as mere data: weights_only=True.
+Any classification model of torchvision gets a new last layer, and any of timm's where timm is installed (pip
+install timm). Files are read as mere data: weights_only=True.
 """
 
 import argparse
@@ -18,6 +19,11 @@ import sys
 import torch
 import torchvision
 
+try:
+    import timm
+except ImportError:  # an extra
+    timm = None
+
 ARCHITECTURES = {  # the weights whose accuracies Table 3 prints; ResNeXt-50, of Matek et al., is not in it
     "vgg19_bn": "IMAGENET1K_V1",
     "resnet152": "IMAGENET1K_V2",
@@ -30,21 +36,46 @@ KEYS = "state_dict model classes mean std image_size init fold epoch val_accurac
 OURS = "name a best.pt that train.py or pretrain.py left"
 
 
-def check_name(name, image_size=None, weights=None):
-    """ValueError names what is wrong with a model, an image size (pixels) or a name of ImageNet weights."""
+def is_timm(name):
+    """Is it a network of timm's alone? torchvision's of the same name comes first."""
+    ours = torchvision.models.list_models(module=torchvision.models)
+    return name not in ours and timm is not None and timm.is_model(name)
+
+
+def check_name(name, weights=None):
+    """ValueError names what is wrong with a model or a name of ImageNet weights."""
     known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    if name not in known and not is_timm(name):
+        where = "torchvision (timm is not installed)" if timm is None else "torchvision or timm"
         close = difflib.get_close_matches(str(name).lower(), known) or ARCHITECTURES
-        raise ValueError(f"{name}: no classification model of torchvision; do you mean {', '.join(close)}?")
-    step = int(name[-2:]) if name.startswith("vit_") else 224 if name == "maxvit_t" else 1
-    if image_size is not None and (image_size < 32 or image_size % step):
-        raise ValueError(f"{name}: image size {image_size} is not at least 32 and a multiple of {step}")
+        raise ValueError(f"{name}: no classification model of {where}; do you mean {', '.join(close)}?")
     if weights is not None:
         find_weights(name, weights)
 
 
+def check_forward(name, image_size, batch_size):
+    """ValueError if the network cannot train on so many images of image_size pixels; computes nothing."""
+    try:
+        with torch.device("meta"):
+            net = build_model(name, 2, None, image_size).train()
+            net(torch.empty(batch_size, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        what = f"{name} cannot be trained with {batch_size} images of {image_size} pixels"
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
 def find_weights(name, weights="imagenet"):
-    """torchvision's entry for ImageNet weights, 'imagenet' (Table 3's) or by name. ValueError without one."""
+    """The library's entry for ImageNet weights: 'imagenet' (Table 3's, or its default), or by their name.
+
+    ValueError without one.
+    """
+    if is_timm(name):
+        try:
+            tag = "" if weights.lower() == "imagenet" else f".{weights}"
+            return timm.models.get_pretrained_cfg(name + tag)
+        except RuntimeError:
+            tags = ", ".join(full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*"))
+            raise ValueError(f"{name}: no weights {weights}; timm has {tags or 'none'}") from None
     entries = torchvision.models.get_model_weights(name).__members__
     default = ARCHITECTURES.get(name, "DEFAULT")
     wanted = default if weights.upper() == "IMAGENET" else weights.upper()
@@ -54,14 +85,20 @@ def find_weights(name, weights="imagenet"):
 
 
 def is_imagenet(weights):
-    """Are build_model's weights the name of ImageNet ones? It has neither dot nor slash."""
-    return re.fullmatch(r"imagenet\w*|default", str(weights), re.IGNORECASE) is not None
+    """Are build_model's weights the name of a library's? It has neither dot nor slash."""
+    return weights is not None and re.fullmatch(r"\w+", str(weights)) is not None
 
 
 def imagenet_file(name, weights="imagenet"):
     """(URL, Path) of ImageNet weights: the place that torch.hub (TORCH_HOME) has for them, filled or not."""
-    url = find_weights(name, weights).url
-    return url, pathlib.Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    entry = find_weights(name, weights)
+    if is_timm(name):
+        url = f"https://huggingface.co/{entry.hf_hub_id}/resolve/main/model.safetensors"
+        file = f"{name}.{entry.tag}.safetensors"
+    else:
+        url = entry.url
+        file = url.rsplit("/", 1)[1]
+    return url, pathlib.Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def initial_weights(runs, model, init, weights):
@@ -79,36 +116,45 @@ def initial_weights(runs, model, init, weights):
 
 
 def build_model(name, num_classes, weights=None, image_size=224):
-    """A torchvision network (float32, CPU) whose last layer is new, of num_classes units (section 2.2).
+    """A network of torchvision or timm (float32, CPU) whose last layer is new, of num_classes units (2.2).
 
-    weights: None (random, from torch's global generator), 'imagenet' (Table 3's), torchvision's name of
-    others, or the path of a best.pt or a state dict: all but the head is copied, which is nn.Linear's random
-    one, alike for all weights. ValueError as check_name's, SystemExit for a bad file.
+    weights: None (random, from torch's global generator), 'imagenet' (Table 3's), the library's name of
+    others, or the path of a best.pt or a state dict (DINOv2's with its 'teacher', too): all but the head is
+    copied, which is nn.Linear's random one, alike for all weights. ValueError as check_name's, SystemExit for
+    a bad file.
     """
-    check_name(name, image_size, weights if is_imagenet(weights) else None)
-    options = {"image_size": image_size} if name.startswith("vit_") else {}
-    if name in ("googlenet", "inception_v3"):  # without their side outputs
-        options = {"aux_logits": False, "init_weights": True}
-    net = torchvision.models.get_model(name, weights=None, **options)
+    check_name(name, weights if is_imagenet(weights) else None)
+    if is_timm(name):
+        fixed = timm.models.get_pretrained_cfg(name).fixed_input_size  # a ViT's, say
+        net = timm.create_model(name, num_classes=num_classes, **({"img_size": image_size} if fixed else {}))
+    else:
+        options = {"image_size": image_size} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):  # without their side outputs
+            options = {"aux_logits": False, "init_weights": True}
+        net = torchvision.models.get_model(name, weights=None, **options)
     old = net.get_submodule(head_name(net))
     if isinstance(old, torch.nn.Linear):
         new = torch.nn.Linear(old.in_features, num_classes)
     else:
         new = torch.nn.Conv2d(old.in_channels, num_classes, old.kernel_size)
     net.set_submodule(head_name(net), new)
-    advice = f"{OURS}, or a state dict of torchvision's {name}"
+    advice = f"{OURS}, or a state dict of {name}"
     if is_imagenet(weights):
         url, weights = fetch(name, weights)
         advice = f"remove it and put {url} there"
     if weights is not None:
         content = read_file(weights, advice)
-        inner = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
+        inner = [
+            content[key] for key in ("state_dict", "model", "teacher") if isinstance(content.get(key), dict)
+        ]
         load_state(net, inner[0] if inner else content, weights, name, advice)
     return net
 
 
 def head_name(net):
     """Dotted name of the last layer with weights, e.g. 'fc', 'classifier.6', 'heads.head'."""
+    if hasattr(net, "default_cfg"):  # timm's
+        return net.default_cfg["classifier"]
     layers = net.named_modules()
     return [name for name, layer in layers if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)][-1]
 
@@ -128,7 +174,8 @@ def fetch(name, weights="imagenet"):
     socket.setdefaulttimeout(60)  # seconds without a byte; torch.hub sets none
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), file.stem[-8:], sys.stderr.isatty())
+        prefix = None if is_timm(name) else file.stem[-8:]  # of the hash, in torchvision's names
+        torch.hub.download_url_to_file(url, str(file), prefix, sys.stderr.isatty())
     except Exception as error:  # no network, no room, a wrong hash, ...
         raise SystemExit(f"{url}: cannot be fetched ({error}); get it elsewhere, put it at {file}") from None
     return url, file
@@ -137,6 +184,10 @@ def fetch(name, weights="imagenet"):
 def read_file(file, advice=OURS):
     """The dict in a .pt or .pth file. SystemExit if it is missing, damaged or more than plain data."""
     try:
+        if str(file).endswith(".safetensors"):  # timm's, which brings the package
+            import safetensors.torch
+
+            return safetensors.torch.load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             return content
@@ -149,13 +200,15 @@ def read_file(file, advice=OURS):
 def load_state(net, state, file, name, advice=OURS, head=False):
     """Move tensors (dict by name) into net, whose own last layer stays without head. SystemExit if unfit.
 
-    A ViT's position embeddings are interpolated to net's image size.
+    A ViT's position embeddings are interpolated to net's image size. Each tensor of net must be there.
     """
     try:
-        for key in list(state):  # prefixes are torch.compile's and DistributedDataParallel's
-            new, value = re.sub(r"^((_orig_mod|module)\.)+", "", key), state.pop(key)
+        for key in list(state):  # prefixes are torch.compile's, DistributedDataParallel's and DINOv2's
+            new, value = re.sub(r"^((_orig_mod|module|backbone)\.)+", "", key), state.pop(key)
             new = re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", new)  # ImageNet files have older names
-            if not new.startswith(("aux1.", "aux2.", "AuxLogits.")):  # and side outputs
+            if not new.startswith(
+                ("aux1.", "aux2.", "AuxLogits.", "dino_head.", "ibot_head.")
+            ):  # side outputs
                 state[new] = value
         if not head:
             last = head_name(net) + "."
@@ -163,6 +216,8 @@ def load_state(net, state, file, name, advice=OURS, head=False):
         if isinstance(net, torchvision.models.VisionTransformer):
             interpolate = torchvision.models.vision_transformer.interpolate_embeddings
             state = interpolate(net.image_size, net.patch_size, state)
+        elif hasattr(net, "num_prefix_tokens") and "pos_embed" in state:
+            state = timm.models.vision_transformer.checkpoint_filter_fn(state, net)
         net.load_state_dict(state)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         why = str(error).splitlines()[:2][-1].strip()[:200]  # PyTorch's first line says only of which class
@@ -192,8 +247,12 @@ def load_checkpoint(path):
 def cam_layer(net):
     """Grad-CAM's layer: the last one in which place is kept (VGG: the last ReLU before the pooling).
 
-    SystemExit for a network that is none of torchvision's.
+    SystemExit for a network of which none is known.
     """
+    if hasattr(net, "num_prefix_tokens"):  # timm's transformers
+        return net.blocks[-1].norm1
+    if hasattr(net, "feature_info"):  # timm's other networks
+        return net.get_submodule(net.feature_info[-1]["module"])
     if isinstance(net, torchvision.models.VisionTransformer):  # later on, patches have no gradient
         return net.encoder.layers[-1].ln_1
     if hasattr(net, "features") and isinstance(net.features[-1], torch.nn.MaxPool2d):
@@ -211,6 +270,9 @@ def cam_reshape(net):
     if isinstance(net, torchvision.models.VisionTransformer):
         side = net.image_size // net.patch_size
         return lambda tokens: tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    if hasattr(net, "num_prefix_tokens"):  # timm's, with the class token, registers
+        first, grid = net.num_prefix_tokens, net.patch_embed.grid_size
+        return lambda tokens: tokens[:, first:].transpose(1, 2).unflatten(2, grid)
 
 
 def main():
@@ -221,7 +283,7 @@ def main():
     args = parser.parse_args()
     try:
         for name in args.fetch:
-            check_name(name, None, args.weights)
+            check_name(name, args.weights)
     except ValueError as error:
         parser.error(str(error))
     for name in args.fetch:

@@ -7,25 +7,28 @@
 #   bash run_all.sh --task N    job N of that list alone
 #   bash run_all.sh --slurm     submit what is left to Slurm: job arrays with their dependencies
 #
-# Environment: DATA (the folder of bm, cd, pcam), RUNS, MODELS, INITS, FOLDS ("0 1": a job each; "0,1": one),
-# GPUS ("0 1", or UUIDs), JOBS_PER_GPU, OVERLAPS (no: without overlaps.py), SBATCH (options of sbatch, such as
-# "--partition=gpu --time=8:00:00"). All other arguments go to train.py and pretrain.py.
+# Environment: DATA (the folder of bm, cd, pcam), TARGET (the cells to fine-tune on, as --data; default DATA/bm),
+# RUNS, MODELS, INITS, FOLDS ("0 1": a job each; "0,1": one; default: those of split.csv), GPUS ("0 1", or UUIDs),
+# JOBS_PER_GPU, OVERLAPS (no: without overlaps.py), SBATCH (options of sbatch, "--partition=gpu --time=8:00:00",
+# say). Paths are relative to where you call it. All other arguments go to train.py and pretrain.py.
 set -u
-cd "$(dirname "$0")" || exit 1
 say() { echo "run_all.sh: $1" >&2; }
 fail() { say "$2"; exit "$1"; }
+here=$(dirname "$(readlink -f "$0")")/
+[ -f "${here}train.py" ] || fail 1 "no train.py beside $here: call run_all.sh where it lies (on Slurm with --slurm)"
+[ ! "$here" -ef . ] || here=""
 command -v python > /dev/null || fail 1 "no python found; activate the virtual environment (README)"
 
 mode=night demo="" task="" device="" options=()
 while [ $# -gt 0 ]; do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
-    --help|-h) sed -n '2,/^set/s/^# \{0,1\}//p' run_all.sh; exit ;;
+    --help|-h) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     --demo) demo=yes ;;
     --list|--slurm) mode=${1#--} ;;
     --task) mode=task task=${2:-}; shift ;;
     --device) device=${2:-}; shift ;;
-    --model|--init|--fold|--data|--runs|--name) fail 2 "$1 is set by MODELS, INITS, FOLDS, DATA, RUNS" ;;
+    --model|--init|--fold|--data|--runs|--name) fail 2 "$1 is set by MODELS, INITS, FOLDS, TARGET, RUNS" ;;
     *) options+=("$1") ;;
   esac
   shift
@@ -40,10 +43,13 @@ baseline=""                                            # Matek et al. trained th
 [ "${MODELS:-}" ] || baseline=resnext50_32x4d
 MODELS=${MODELS:-vgg19_bn resnet152 regnet_y_32gf vit_l_32}
 INITS=${INITS:-random imagenet cd imagenet+cd pcam imagenet+pcam}
-DATA=${DATA:-data} RUNS=${RUNS:-runs} FOLDS=${FOLDS:-0 1 2 3 4} JOBS_PER_GPU=${JOBS_PER_GPU:-1}
+DATA=${DATA:-data} RUNS=${RUNS:-runs} JOBS_PER_GPU=${JOBS_PER_GPU:-1} TARGET=${TARGET:-$DATA/bm}
+split_folds() { head -n 1 "$RUNS/split.csv" 2> /dev/null | grep -o 'fold[0-9]*' | tr -d fold | paste -sd ' '; }
+asked=${FOLDS:-} FOLDS=${FOLDS:-$(split_folds)} FOLDS=${FOLDS:-0 1 2 3 4}
 logs=$RUNS/logs page=$RUNS/results/index.html lacking=" "
 [[ $mode != slurm || -z $demo ]] || fail 2 "--demo runs here, not on a cluster"
 [[ $JOBS_PER_GPU =~ ^[1-9][0-9]*$ ]] || fail 2 "JOBS_PER_GPU='$JOBS_PER_GPU' is not a number from 1"
+[[ $FOLDS =~ ^[0-9]+([ ,][0-9]+)*$ ]] || fail 2 "FOLDS='$FOLDS': numbers, with spaces or commas between"
 
 # ---------------------------------------------------------------- jobs
 study() {  # one line a job: kind, model, init, folds. Fold 0 of everything comes first: whole tables soon
@@ -58,18 +64,18 @@ study() {  # one line a job: kind, model, init, folds. Fold 0 of everything come
     done
     first=""
   done
-  [ "${OVERLAPS:-}" = no ] || [ ! -f overlaps.py ] || echo overlaps
+  [ "${OVERLAPS:-}" = no ] || [ ! -f "${here}overlaps.py" ] || echo overlaps
 }
 
 describe() {  # sets kind, model, init, folds, log, ends (the last file of each run), args (given to python)
-  local fold data=$DATA/bm
+  local fold data=$TARGET
   read -r kind model init folds <<< "$1"
   log=$logs/${1// /-} folds=${folds#fold} ends=()
   for fold in ${folds//,/ }; do ends+=("$RUNS/train/$model/$init/fold$fold/predictions.csv"); done
   [ "$kind" != pretrain ] || ends=("$RUNS/pretrain/$model/$init/predictions.csv") data=$DATA/${init##*+}
-  args=("$kind.py" --model "$model" --init "$init" ${folds:+--fold ${folds//,/ }})
+  args=("$here$kind.py" --model "$model" --init "$init" ${folds:+--fold ${folds//,/ }})
   args+=(--data "$data" --runs "$RUNS" "${options[@]}" ${device:+--device "$device"})
-  [ "$kind" != overlaps ] || ends=("$RUNS/groups.csv") args=(overlaps.py --data "$data" --runs "$RUNS")
+  [ "$kind" != overlaps ] || ends=("$RUNS/groups.csv") args=("${here}overlaps.py" --data "$data" --runs "$RUNS")
 }
 
 finished() { local end; for end in "${ends[@]}"; do [ -f "$end" ] || return 1; done; }
@@ -97,7 +103,7 @@ progress() {  # how many runs are done, and how long the others will take, by th
   states | grep -v '^missing\|overlaps$' | while read -r _ job; do
     describe "$job"
     printf "$kind $model\t%s\n" "${ends[@]%/*}"
-  done | awk -F '\t' -v slots="${JOBS:-1}" '
+  done | awk -F '\t' -v slots="${CELLS_JOBS:-1}" '
     {
       seconds = 0
       while ((getline line < ($2 "/log.csv")) > 0) { split(line, cell, ","); seconds += cell[7] }
@@ -135,11 +141,11 @@ run_job() {  # GPU, job: run it with its output in its log; its exit status, or 
 }
 
 results() {  # tables and page; the paper's table beside if the cells are bone marrow; heatmaps if asked
-  local paper="" status=0 where=(--runs "$RUNS" --data "$DATA/bm")
-  [ "$demo" ] || paper=$(find -L "$DATA/bm" -maxdepth 6 -type d -name FGC -print -quit)
-  python evaluate.py --runs "$RUNS" ${paper:+--compare paper/table4.csv} || return
-  [ "${1:-}" != heatmaps ] || python gradcam.py "${where[@]}" --device "$device" || status=1
-  python report.py "${where[@]}" && echo "Open $page" && return $status
+  local paper="" status=0 where=(--runs "$RUNS" --data "$TARGET")
+  [ "$demo" ] || paper=$(grep -m 1 ',FGC,' "$RUNS/split.csv")
+  python "${here}evaluate.py" --runs "$RUNS" ${paper:+--compare "${here}paper/table4.csv"} || return
+  [ "${1:-}" != heatmaps ] || python "${here}gradcam.py" "${where[@]}" --device "$device" || status=1
+  python "${here}report.py" "${where[@]}" && echo "Open $page" && return $status
 }
 
 refresh() { (  # the results so far, unless another worker is at it
@@ -153,19 +159,13 @@ stop() {  # end what this shell started; each run keeps its last checkpoint
 }
 
 work() {  # one worker of GPU $1: takes the first job that can be done, until nothing is left
-  local now job status large="-"                       # models that this GPU has no room for
+  local now job status
   trap "" INT; trap "stop; exit 143" TERM              # Ctrl-C reaches run_all.sh, which sends TERM
-  while now=$(states | grep '^todo\|^running' | grep -v " \($large\) "); do
+  while now=$(states | grep '^todo\|^running'); do
     job=$(grep -m 1 '^todo' <<< "$now") || { sleep 5 & wait $!; continue; }
     run_job "$1" "${job#todo }"; status=$?
     if [ $status = 0 ]; then [ "$demo" ] || refresh &
     elif [ $status = 75 ]; then :
-    elif [ "$1" != cpu ] && ! python -c 'import torch; +torch.ones(1, device="cuda")' 2> /dev/null; then
-      say "GPU $1 does not work: no more jobs for it"
-      rm -f "$log.failed"; break                       # another GPU may do it
-    elif [[ $attempt = first && ${#gpus[@]} -gt 1 && $(tail -n 1 "$log.log") = *"out of memory"* ]]; then
-      say "GPU $1 has no room for $model: left to the others"
-      rm -f "$log.failed"; large+="\|$model"
     elif [ $status = 2 ]; then kill -USR1 $$; break    # wrong arguments: the same for every job
     fi
   done
@@ -173,7 +173,7 @@ work() {  # one worker of GPU $1: takes the first job that can be done, until no
 }
 
 submit() {  # job numbers, a pre-training to wait for: an array that Slurm requeues at a time-out; its number
-  call=$(printf ' %q' run_all.sh "${options[@]}" ${device:+--device "$device"})
+  call=$(printf ' %q' "${here}run_all.sh" "${options[@]}" ${device:+--device "$device"})
   sbatch --parsable --job-name=cells --array="$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} \
     --cpus-per-task=8 $([ "$device" = cpu ] || echo --gres=gpu:1) --time=24:00:00 --signal=B:USR1@120 \
     --requeue --open-mode=append --output="$logs/slurm-%A_%a.out" ${SBATCH:-} \
@@ -192,7 +192,7 @@ job=$(study | awk -v n="$task" 'NR == n')
 [ $mode != task ] || [ "$job" ] || fail 2 "--task '$task': no such job; see --list"
 mkdir -p "$logs" 2> /dev/null || fail 1 "cannot write to $RUNS; name another folder with RUNS"
 if [ "$demo" ]; then
-  python tests/demo_data.py --out "$DATA" --size demo || exit 1
+  python "${here}tests/demo_data.py" --out "$DATA" --size demo || exit 1
   echo "A demonstration: a program drew these cells; small networks trained for minutes." > "$RUNS/note.txt"
 fi
 gpus=(cpu)
@@ -222,12 +222,14 @@ fi
 if ! left > /dev/null && [ -f "$page" ] && [ ! "$(find "$RUNS" -name predictions.csv -newer "$page")" ]; then
   echo "Nothing left to do: see $page"; exit
 fi
-[ -d "$DATA/bm" ] || fail 1 "$DATA/bm is missing (README, Data); --demo runs on synthetic cells"
+[[ -e $TARGET || $TARGET = *[*{]* ]] || fail 1 "$TARGET is missing (DATA, TARGET; README); --demo draws its cells"
+[ -f "$RUNS/split.csv" ] || python "${here}splits.py" --data "$TARGET" --out "$RUNS/split.csv" > /dev/null || exit
+FOLDS=${asked:-$(split_folds)}
 for init in $(states | awk '$1 == "missing" && $2 == "pretrain" {print $4}' | sort -u); do
   echo "skipped: $init, since $DATA/${init##*+} is missing"
 done
 for model in $(left | awk '$4 == "imagenet" || $2 $4 ~ /^pretrainimagenet/ {print $3}' | sort -u); do
-  python models.py --fetch "$model" || { echo "skipped: ImageNet weights of $model"; lacking+="$model "; }
+  python "${here}models.py" --fetch "$model" || { echo "skipped: ImageNet weights of $model"; lacking+="$model "; }
 done
 need=$(left | awk '{ mb = $3 ~ /vgg|regnet/ ? 570 : $3 ~ /vit/ ? 1230 : $3 ~ /152/ ? 240 : 50   # of a best.pt
   all += mb * split($5 ".", folds, ","); if (mb > most) most = mb } END { print int(all + 6 * most) }')
@@ -250,8 +252,8 @@ fi
 trap 'say "stopped; the same command resumes"; stop; exit 130' INT
 trap 'say "stopped; the same command resumes"; stop; exit 143' TERM
 trap 'stop; exit 2' USR1
-export JOBS=$((${#gpus[@]} * JOBS_PER_GPU))            # train.py shares the cores out
-[ "$device" != cpu ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))}
+export CELLS_JOBS=$((${#gpus[@]} * JOBS_PER_GPU))      # train.py shares the cores out
+[ "$device" != cpu ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + CELLS_JOBS - 1) / CELLS_JOBS))}
 flock -n -E 75 "$logs/refresh.lock" true 2> /dev/null
 [[ $? = 0 || $? = 75 ]] || say "cannot lock files in $logs: without"
 for attempt in first second; do                        # what failed is tried once more, after everything else

@@ -38,14 +38,14 @@ BUSY = 75  # exit status EX_TEMPFAIL
 def add_options(parser):
     """The options that train.py and pretrain.py share."""
     add = parser.add_argument
-    add("--model", required=True, help="resnet152, vit_l_32, ... or any of torchvision")
+    add("--model", required=True, help="resnet152, vit_l_32, ... or any of torchvision or timm")
     add("--runs", type=pathlib.Path, default="runs", help="results of one target data set")
     add("--epochs", type=int, default=75)
     add("--batch-size", type=int, default=32, help="shared by the ranks of torchrun")
     add("--lr", default="auto", help="initial learning rate (auto: by range test and trial)")
     add("--image-size", type=int, default=224, help="pixels")
     add("--seed", type=int, default=0)
-    add("--weights", default="imagenet", help="ImageNet weights by torchvision's name")
+    add("--weights", default="imagenet", help="ImageNet weights by the library's name")
     add("--stop-lr", type=float, default=0.0, help="stop below this share of the first rate")
     add("--optimizer", choices=engine.OPTIMIZERS, default="sgd")
     add("--schedule", choices=engine.SCHEDULES, default="plateau", help="of the learning rate")
@@ -79,11 +79,15 @@ def run_options(args, parser):
         check("lr", isinstance(args.lr, float) and 0 < args.lr < math.inf, "auto or a number above 0")
     try:
         weights = args.weights if args.init.startswith("imagenet") else None
-        models.check_name(args.model, args.image_size, weights)
+        models.check_name(args.model, weights)
         device = engine.join_ranks(choose_device(args.device))
     except ValueError as error:
         parser.error(str(error))
     check("batch_size", args.batch_size % ranks()[1] == 0, f"a multiple of the {ranks()[1]} ranks")
+    try:
+        models.check_forward(args.model, args.image_size, args.batch_size // ranks()[1])
+    except ValueError as error:
+        parser.error(str(error))
     if args.compile and ranks()[1] > 1:
         parser.error("--compile: not together with torchrun")
     torch.set_float32_matmul_precision("high")  # TF32
@@ -123,9 +127,9 @@ def choose_amp(device, amp="auto"):
 
 
 def choose_workers(device):
-    """Data loading processes: the cores, shared by run_all.sh's jobs (JOBS) and torchrun's ranks."""
+    """Data loading processes: the cores, shared by run_all.sh's jobs (CELLS_JOBS) and torchrun's ranks."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1) * int(os.environ.get("JOBS") or 1)
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1) * int(os.environ.get("CELLS_JOBS") or 1)
     return max(1, min(16, cores - 1)) if device.type == "cuda" else min(1, cores // 2)
 
 
