@@ -157,7 +157,8 @@ def predict(
 
     The ranks of torchrun share the images, unless alone (one rank calls it).
     """
-    device, (rank, number) = torch.device(device), (0, 1) if alone else ranks()
+    device = torch.device(device)
+    rank, number = (0, 1) if alone else ranks()
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     starts = range(0, len(data), EVAL_BATCH_SIZE)[rank::number]
     rows = [range(start, min(start + EVAL_BATCH_SIZE, len(data))) for start in starts]
@@ -232,7 +233,7 @@ def fit(
 
     Resumes from folder/last.pt; the caller sees to it that the settings are the same. Leaves net as in the
     last epoch, log.csv, and best.pt: the first epoch of highest validation accuracy, with what info says
-    besides (models.load_checkpoint needs model and init). SystemExit if the loss is not finite. (2.2, 2.3)
+    besides (models.load_checkpoint needs model and init). SystemExit if the loss is not finite (paper, 2.2).
     """
     folder, device, layout = pathlib.Path(folder), torch.device(device), LAYOUTS[memory_format]
     rank, number = ranks()
@@ -244,15 +245,15 @@ def fit(
     optimizer = make_optimizer(optimizer, net, lr)
     scheduler = make_scheduler(schedule, optimizer, epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    settings = mean, std, device, amp, layout, smoothing
-    history = resume(folder, parts, epochs, info)
+    state = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    how = mean, std, device, amp, layout, smoothing
+    history = resume(folder, state, epochs, info)
     order = datasets.BalancedEpochs(train.targets, batch_size, seed, fold, rank, number)
     batches = datasets.Batches(train, image_size, seed, fold, crop, colour)
     batches = datasets.loader(batches, order, workers, device.type == "cuda")
     wrapped = wrap(net, device, compile)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:  # writes while the next epoch trains
-        writing = writer.submit(int)  # nothing
+        writing = writer.submit(int)  # nothing yet
         for epoch in range(len(history) + 1, epochs + 1):
             start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
             if rate < stop_lr * lr * (1 - 1e-6):  # not by rounding: 0.1 * 0.1 is not below 0.01
@@ -261,7 +262,7 @@ def fit(
             steps = iter(batches)
             seed_all(DROPOUT, seed, fold, epoch, rank)  # after iter(), which draws from the generator too
             steps = tqdm(steps, f"epoch {epoch}", len(batches), leave=False, disable=rank > 0 or None)
-            losses = train_epoch(wrapped, steps, optimizer, scaler, *settings)
+            losses = train_epoch(wrapped, steps, optimizer, scaler, *how)
             train_loss = (sum_of_ranks(losses, net.buffers()) / number).cpu().mean().item()
             speed = len(batches) * batch_size / (time.perf_counter() - start)
             val_loss, accuracy = validate(net, val, **images)
@@ -271,9 +272,9 @@ def fit(
             check_epoch(folder, history[-1], epochs)
             writing.result()  # raises what went wrong
             if rank == 0:
-                state = {name: to_cpu(part.state_dict()) for name, part in parts.items()}
-                writing = writer.submit(save_epoch, folder, state | {"log": history[:]}, info)
-    writing.result()
+                last = {name: to_cpu(part.state_dict()) for name, part in state.items()}
+                writing = writer.submit(save_epoch, folder, last | {"log": history[:]}, info)
+    from_rank_0(writing.result)  # now every rank finds best.pt
     return history
 
 
@@ -341,17 +342,17 @@ def save_results(folder, last, info):
         rows.writerows(last["log"])
 
 
-def resume(folder, parts, epochs, info):
-    """Load folder/last.pt into parts (a dict by name); returns the rows of log.csv, [] without that file."""
+def resume(folder, state, epochs, info):
+    """Load folder/last.pt into state (a dict of net, optimizer, ...); returns log.csv's rows or []."""
     file = folder / "last.pt"
     if not file.exists():
         return []
     try:
         last = torch.load(file, map_location="cpu", weights_only=True)
         history = last["log"]
-        for name, part in parts.items():
+        for name, part in state.items():
             part.load_state_dict(last[name])
-    except torch.OutOfMemoryError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # of the moment, no damage
         raise
     except Exception as error:  # EOFError, KeyError, ...: whatever damage leads to
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"

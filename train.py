@@ -147,11 +147,11 @@ def check_settings(folder, settings):
     return before
 
 
-def digest(file):
-    """SHA-256 of a file in hexadecimal; None for None."""
-    if file is None:
-        return None
-    with open(file, "rb") as handle:
+def digest(content):
+    """SHA-256 in hexadecimal of a text, or of a file (a Path)."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
+    with open(content, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -166,23 +166,7 @@ def versions():
     return packages | {"python": sys.version.split()[0], "commit": commit}
 
 
-def run(
-    folder,
-    shared,
-    cells,
-    info,
-    parts,
-    *,
-    model,
-    init,
-    weights,
-    fold,
-    lr,
-    memory_format,
-    freeze,
-    crop=True,
-    **options,
-):
+def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, freeze, **options):
     """One fine-tuning or pre-training from its initial weights to predictions.csv; returns the exit status.
 
     cells: all readable images; parts: str [N, folds], train, val or test. Without test images those of val
@@ -192,11 +176,11 @@ def run(
     if not len(train) or not len(val):
         what = f"{len(train)} images to train on and {len(val)} to validate with in fold {fold}"
         raise SystemExit(f"{cells.root}: {what}, which needs both: more images, or another split.csv")
-    split = "\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold]))))
-    split = hashlib.sha256(split.encode(errors="surrogateescape")).hexdigest()
-    settings = {"model": model, "init": init, "data": info["fingerprint"], "split": split, "fold": fold}
-    settings["freeze"] = freeze
-    settings |= {key: options[key] for key in options if key not in ("device", "workers", "compile", "amp")}
+    options = {"crop": True} | options
+    settings = {"model": model, "init": init, "data": info["fingerprint"], "fold": fold, "freeze": freeze}
+    settings["split"] = digest("\n".join(map(",".join, sorted(zip(cells.paths, parts[:, fold])))))
+    guarded = options.keys() - {"device", "workers", "compile", "amp", "memory_format"}  # the last two later
+    settings |= {key: options[key] for key in sorted(guarded)}
     file = models.imagenet_file(model, weights)[1] if models.is_imagenet(weights) else weights
 
     def make_net(number):
@@ -204,40 +188,51 @@ def run(
         net = models.build_model(model, len(cells.classes), weights, options["image_size"])
         return models.freeze(net) if freeze else net
 
+    def find_rate():
+        return before.get("lr") or measure_lr(shared, make_net, cells, parts, settings, options)
+
     lock = datasets.run_lock(folder) if ranks()[0] == 0 else contextlib.nullcontext()
     with lock as ours:
         if not from_rank_0(lambda: ours):
             print(f"{folder}: busy, another process is working on it", file=sys.stderr)
             return BUSY
         if file is None or os.path.exists(file):  # ImageNet's may still have to be fetched
-            settings["weights"] = digest(file)
+            settings["weights"] = file and digest(pathlib.Path(file))
         before = check_settings(folder, settings if lr == "auto" else settings | {"lr": lr})
         if from_rank_0(lambda: (folder / "predictions.csv").exists()):
             (folder / "last.pt").unlink(missing_ok=True)
             print(f"{folder}: finished, nothing to do")
             return 0
         net = make_net(fold)
-        if memory_format == "auto":  # grouped convolutions are slow in channels_last on some GPUs
-            grouped = any(getattr(module, "groups", 1) > 1 for module in net.modules())
-            contiguous = grouped and options["device"].type == "cuda"
-            memory_format = "contiguous" if contiguous else "channels_last"
-        options |= {"memory_format": memory_format, "mean": info["mean"], "std": info["std"], "crop": crop}
-        settings |= {"weights": digest(file), "amp": options["amp"], "memory_format": memory_format}
-        if lr == "auto":
-            lr = before.get("lr") or from_rank_0(
-                lambda: measure_lr(shared, make_net, cells, parts, settings, options)
-            )
-        settings["lr"] = lr
+        options |= {
+            "memory_format": choose_memory_format(net, options),
+            "mean": info["mean"],
+            "std": info["std"],
+        }
+        settings |= {"weights": file and digest(pathlib.Path(file))}
+        settings |= {key: options[key] for key in ("amp", "memory_format")}
+        settings["lr"] = lr = from_rank_0(find_rate) if lr == "auto" else lr
         check_settings(folder, settings)
         if ranks()[0] == 0:
-            images = {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
-            images |= {"root": os.path.abspath(cells.root), "left_out": info["unreadable"]}
-            config = settings | {"name": shared.name} | images | run_record(options)
+            record = {
+                "name": shared.name,
+                "root": os.path.abspath(cells.root),
+                "left_out": info["unreadable"],
+            }
+            record |= {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
             with datasets.open_atomic(folder / "config.json", "w") as handle:
-                json.dump(config, handle, indent=1)
+                json.dump(settings | record | run_record(options), handle, indent=1)
         engine.fit(folder, net, train, val, lr=lr, fold=fold, info={"model": model, "init": init}, **options)
         publish(folder, net, val, test, options)
     return 0
+
+
+def choose_memory_format(net, options):
+    """channels_last, but for grouped convolutions on CUDA, which are slow in it on some GPUs."""
+    if options["memory_format"] != "auto":
+        return options["memory_format"]
+    grouped = any(getattr(module, "groups", 1) > 1 for module in net.modules())
+    return "contiguous" if grouped and options["device"].type == "cuda" else "channels_last"
 
 
 def measure_lr(folder, make_net, cells, parts, settings, options):
@@ -260,7 +255,6 @@ def run_record(options):
 
 def publish(folder, net, val, test, options):
     """Write the best epoch's predictions, last predictions.csv, since it says that the run is finished."""
-    from_rank_0(lambda: None)  # rank 0 has written best.pt by now
     best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
     net.load_state_dict(best["state_dict"])
     names = "mean std image_size workers device amp memory_format".split()
@@ -295,7 +289,9 @@ def run_main(main):
         sys.exit(f"out of memory ({str(error).splitlines()[0]}): {advice}")
     except OSError as error:
         what = (
-            f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else (str(error).strip() or repr(error)).splitlines()[-1]
         )
         sys.exit(f"{what}; put it right, or name another --runs, and the same command resumes")
     if torch.distributed.is_initialized():
