@@ -256,8 +256,8 @@ def run_main(main):
     Any kill resumes exactly, so that signals end the process at once.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for run_all.sh's jobs, which it ends itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main()
     except BrokenPipeError:  # nobody reads the output any more
