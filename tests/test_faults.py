@@ -26,7 +26,8 @@ OPTIONS = "--image-size 32 --batch-size 8 --workers 0 --device cpu --amp off --e
 FINISHED = {"best.pt", "config.json", "lock", "log.csv", "predictions.csv", "val_predictions.csv"}
 
 SERVER = r"""
-import gc, json, os, runpy, sys
+import gc, json, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background of a shell
 sys.path.insert(0, os.getcwd())
 import h5py, matplotlib.pyplot, scipy.stats, sklearn.model_selection, torch_lr_finder, torchvision, tqdm
 import datasets, models, splits
@@ -434,14 +435,19 @@ def test_fifty_random_kills(starter, undisturbed, tmp_path):
 # ---------------------------------------------------------------- signals, locks, workers
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_and_sigterm_in_the_middle_of_an_epoch(starter, undisturbed, tmp_path, workers):
-    """They end the process at once, without a word; no process is left, and the run resumes exactly."""
+    """They end the process at once, without a word; no process is left, and the run resumes exactly.
+
+    In the background of a shell, where Ctrl-C is ignored, as for run_all.sh's jobs, it stays ignored.
+    """
     more = f"--workers {workers}"
     for number, group, n in ((signal.SIGINT, True, 2), (signal.SIGINT, False, 5), (signal.SIGTERM, False, 5)):
         before = DIE_AT_STEP.format(n=n, group=group, number=int(number))
         script = starter.run(*command(starter.cells, tmp_path, more), before=before)
         assert script.status == -number and "Traceback" not in script.err, script.err
         until(lambda script=script: not script.family())
-    starter.train(tmp_path, more)
+    before = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    before += DIE_AT_STEP.format(n=2, group=True, number=int(signal.SIGINT))
+    assert starter.train(tmp_path, more, before).status == 0
     assert_same(tmp_path, undisturbed())
 
 
