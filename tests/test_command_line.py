@@ -165,7 +165,7 @@ def test_training_does_without_git(tmp_path, monkeypatch):
 
 
 def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo):
-    """A quick trial of fold 0, then the real run into the same folder: the trial would count as one of five."""
+    """A quick trial of fold 0, then the real run into the same folder: the trial would count as one."""
     runs, _ = study
     done = call(*training(demo, runs), "--epochs", 3)
     line = f"{runs}/train/{MODEL}/random/fold0: begun with other settings"
