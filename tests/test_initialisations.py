@@ -1,4 +1,4 @@
-"""The chain of initialisations: training starts, tensor for tensor, as it should; only the head is new
+"""The chain of initialisations: training starts, tensor for tensor, as it should; only the head is new.
 
 The files are real ones: a state_dict in torchvision's layout under torchvision's own file name in a temporary
 TORCH_HOME, and best.pt files as pre-training leaves them.
