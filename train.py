@@ -268,9 +268,8 @@ def run_main(main):
         advice = "lower --batch-size or --image-size, run fewer jobs on this GPU, or give torchrun --lr RATE"
         sys.exit(f"out of memory ({str(error).splitlines()[0]}): {advice}")
     except OSError as error:
-        what = (
-            f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"{error.filename}: {error.strerror}" if error.filename else lines[-1]
         sys.exit(f"{what}; put it right, or name another --runs, and the same command resumes")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
