@@ -23,6 +23,8 @@ import torch
 import torchvision
 from conftest import ROOT
 
+import train
+
 MODEL = "shufflenet_v2_x0_5"
 SMALL = "--epochs 1 --image-size 32 --batch-size 16 --lr 0.01 --workers 0 --device cpu --amp off"
 TRAIN = f"train.py --model {MODEL} {SMALL} --init".split()
@@ -157,11 +159,40 @@ def test_a_second_call_does_nothing_and_says_so(study, demo):
 
 def test_training_does_without_git(tmp_path, monkeypatch):
     """A container often has no git: the commit is recorded as unknown."""
-    import train
-
     assert len(train.versions()["commit"] or "") in (0, 40)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert train.versions()["commit"] is None
+
+
+ENDS = {
+    "disk": (
+        OSError(28, "No space left on device", "runs/log.csv"),
+        "runs/log.csv: No space left on device; ",
+    ),
+    "disk, no file": (
+        OSError("a: cannot be written, disk full?"),
+        "a: cannot be written, disk full?; put it right",
+    ),
+    "no word": (TimeoutError(), "TimeoutError; put it right"),
+    "memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+        "out of memory (CUDA out of memory. Tr",
+    ),
+    "none of these": (RuntimeError("mat1 and mat2 shapes"), None),
+}
+
+
+@pytest.mark.parametrize("error, line", ENDS.values(), ids=ENDS)
+def test_a_full_memory_and_an_oserror_end_in_one_line(error, line):
+    """All else keeps Python's own traceback."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit if line else RuntimeError) as caught:
+        train.run_main(main)
+    text = str(caught.value)
+    assert text.startswith(line or "mat1") and "\n" not in text
 
 
 def test_a_finished_fold_is_not_taken_for_one_of_other_settings(study, demo):

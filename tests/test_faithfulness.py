@@ -2,11 +2,11 @@
 
     python -m pytest -m long -s tests/test_faithfulness.py          prints the table
 
-Measured is the energy version of the pointing game: the share of a map's heat inside the deciding structure, in
+Measured is the energy form of the pointing game: the share of a map's heat inside the deciding structure, in
 units of its share of the area (1: the map knows nothing), on test cells that the trained network gets right;
 the same with random weights (sanity check of Adebayo et al. 2018) on these cells, and for a wrong class. ROAD
-(Rong et al. 2022) needs no mask: how much more the confidence falls when the hottest pixels are blurred than when the
-coldest are, so that more is better.
+(Rong et al. 2022) needs no mask: how much more confidence falls with the hottest pixels blurred than with
+the coldest, so that more is better.
 """
 
 import cv2
