@@ -276,8 +276,8 @@ def run_main(main):
     Any kill resumes exactly, so that signals end the process at once.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for run_all.sh's jobs, which it ends itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main()
     except BrokenPipeError:  # nobody reads the output any more
@@ -288,11 +288,8 @@ def run_main(main):
         advice = "lower --batch-size or --image-size, run fewer jobs on this GPU, or give torchrun --lr RATE"
         sys.exit(f"out of memory ({str(error).splitlines()[0]}): {advice}")
     except OSError as error:
-        what = (
-            f"{error.filename}: {error.strerror}"
-            if error.filename
-            else (str(error).strip() or repr(error)).splitlines()[-1]
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"{error.filename}: {error.strerror}" if error.filename else lines[-1]
         sys.exit(f"{what}; put it right, or name another --runs, and the same command resumes")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

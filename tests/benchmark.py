@@ -35,6 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import datasets  # noqa: E402
 import demo_data  # noqa: E402
+import engine  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
 import overlap_data  # noqa: E402
@@ -82,15 +83,8 @@ def describe_machine():
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, torchvision, cv2)]
-    return ", ".join(
-        [
-            (names or [platform.processor()])[0],
-            f"{len(os.sched_getaffinity(0))} cores",
-            gpu,
-            f"Python {platform.python_version()}",
-            *versions,
-        ]
-    )
+    parts = [(names or [platform.processor()])[0], f"{len(os.sched_getaffinity(0))} cores", gpu]
+    return ", ".join([*parts, f"Python {platform.python_version()}", *versions])
 
 
 # ---------------------------------------------------------------- the usual way
@@ -169,7 +163,8 @@ def build(model, args, layout="contiguous", classes=21):
 
 def options(args):
     """What fit and predict are told alike."""
-    return {"image_size": args.image_size, "workers": args.workers, "device": args.device, "amp": args.amp}
+    names = ("image_size", "workers", "device", "amp")
+    return {name: getattr(args, name) for name in names} | {"mean": MEAN, "std": STD}
 
 
 def epoch_against_plain_loop(cells, args):
@@ -180,22 +175,11 @@ def epoch_against_plain_loop(cells, args):
     weights = 1 / np.bincount(learn.targets)[learn.targets]
     net, usual = (build(args.model, args, classes=len(cells.classes)) for _ in range(2))
     optimizer = torch.optim.SGD(usual.parameters(), lr=1e-3, momentum=0.9)
+    settings = {"lr": 1e-3, "compile": args.compile, "memory_format": args.memory_format} | options(args)
 
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            engine.fit(
-                folder,
-                net,
-                learn,
-                val,
-                lr=1e-3,
-                epochs=1,
-                mean=MEAN,
-                std=STD,
-                compile=args.compile,
-                memory_format=args.memory_format,
-                **options(args),
-            )
+            engine.fit(folder, net, learn, val, epochs=1, **settings)
 
     def reference():
         usual_training(usual, optimizer, usual_loader(learn, args, weights), args.device)
@@ -211,8 +195,9 @@ def evaluation_against_plain_loop(cells, args):
     some = cells.subset(np.resize(np.arange(len(cells)), 64 * args.steps))
     layouts = args.memory_format, "contiguous"
     net, usual = (build(args.model, args, layout, len(cells.classes)) for layout in layouts)
+    settings = options(args) | {"memory_format": args.memory_format}
     seconds = in_turn(
-        lambda: engine.predict(net, some, mean=MEAN, std=STD, **options(args)),
+        lambda: engine.predict(net, some, **settings),
         lambda: usual_evaluation(usual, usual_loader(some, args), args.device),
         args.rounds,
     )
@@ -244,17 +229,8 @@ def make_steps(model, args, layout, compiled=False):
     there = labels.to(args.device)
 
     def ours():
-        engine.train_epoch(
-            wrapped,
-            ((batch, labels) for batch in batches),
-            optimizer,
-            scaler,
-            mean,
-            std,
-            args.device,
-            args.amp,
-            form,
-        )
+        pairs = ((batch, labels) for batch in batches)
+        engine.train_epoch(wrapped, pairs, optimizer, scaler, mean, std, args.device, args.amp, form)
         wait(args.device)
 
     ready = [datasets.normalise(batch.to(args.device), mean, std) for batch in batches]
@@ -456,9 +432,8 @@ def read_arguments():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     default = [name for name in MEASURES if name != "networks"]
-    parser.add_argument(
-        "--only", nargs="+", choices=[*MEASURES], default=default, metavar="NAME", help="; ".join(MEASURES)
-    )
+    names = {"choices": [*MEASURES], "metavar": "NAME", "help": "; ".join(MEASURES)}
+    parser.add_argument("--only", nargs="+", default=default, **names)
     parser.add_argument("--data", help="a data set (default: cells drawn for it)")
     parser.add_argument("--model", default="resnext50_32x4d")
     parser.add_argument("--networks", nargs="+", default=list(evaluate.MODELS)[:4])

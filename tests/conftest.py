@@ -1,29 +1,50 @@
-"""Fixtures of the test suite: synthetic cells in the three formats, real cells where there are any, a way to call the scripts."""
+"""Fixtures of the tests: synthetic cells in three formats, real cells where there are any, the scripts."""
 
 import contextlib
+import csv
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: on a busy machine its threads wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of a busy machine wait for each other
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than 20 seconds; run by python -m pytest -m long")
-    config.addinivalue_line(
-        "markers", "cuda: needs a CUDA GPU, and is skipped without one; run by python -m pytest -m cuda"
-    )
+    config.addinivalue_line("markers", "cuda: skipped without a CUDA GPU; run by python -m pytest -m cuda")
     if not config.option.markexpr and not any("::" in arg for arg in config.args):
         config.option.markexpr = "not long"
+
+
+def until(condition, what=lambda: "", patience=120):
+    """Wait for a condition, asked 200 times a second; fails with what() after so many seconds."""
+    end = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"nothing happened for {patience} s; {what()}")
+        time.sleep(0.005)
+
+
+def read_rows(file):
+    """Rows of a CSV file as dicts; none while there is no file."""
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def read_log(folder):
+    """log.csv without its two columns of time."""
+    rows = read_rows(folder / "log.csv")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +59,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, demo):
-    """Two trained folds of a small network on the demo's bone marrow cells: (runs folder, its data); read only."""
+    """Two trained folds of a small network on the demo's marrow cells: (runs folder, data); read only."""
     import datasets
     import splits
     import train
@@ -47,39 +68,22 @@ def trained(tmp_path_factory, demo):
     labels = [cells.classes[target] for target in cells.targets]
     splits.write_splits(runs / "split.csv", cells.paths, labels, splits.make_splits(cells.targets, folds=2))
     options = (
-        "--model",
-        "shufflenet_v2_x0_5",
-        "--init",
-        "random",
-        "--data",
-        demo / "bm",
-        "--runs",
-        runs,
-        "--epochs",
-        2,
-        "--image-size",
-        64,
-        "--lr",
-        0.05,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
+        "--model shufflenet_v2_x0_5 --init random --epochs 2 --image-size 64 --lr 0.05 --workers 0 --amp off"
     )
+    argv = ["train.py", *options.split(), "--device", "cpu", "--data", str(demo / "bm"), "--runs", str(runs)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        patch.setattr(sys, "argv", argv)
         train.main()
     return runs, cells
 
 
 @pytest.fixture(autouse=True)
-def sigpipe():
-    """A script's main() lets `| head` end it; pytest itself goes on."""
-    before = signal.getsignal(signal.SIGPIPE)
+def signals():
+    """A script that is called in this process lets signals end it; pytest itself keeps its own handlers."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGPIPE, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +97,7 @@ def real_cells():
 
 @pytest.fixture
 def run():
-    """Call a script: run("train.py", "--model", ...) gives a CompletedProcess with stdout and stderr as text."""
+    """Call a script: run("train.py", "--model", ...) is a CompletedProcess with stdout and stderr as text."""
 
     def call(script, *args, **options):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
@@ -104,7 +108,7 @@ def run():
 
 @pytest.fixture
 def without_rights():
-    """(a new folder that all can reach, a context manager): `with context():` this process is nobody, and not root."""
+    """(a new folder that all can reach, a context manager in which this process is nobody, not root)."""
 
     @contextlib.contextmanager
     def context():

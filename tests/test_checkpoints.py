@@ -24,19 +24,9 @@ class Mischief:
 def checkpoint(**changes):
     torch.manual_seed(0)
     net = models.build_model("resnet18", 3, None, 64)
-    return {
-        "state_dict": net.state_dict(),
-        "model": "resnet18",
-        "classes": CLASSES,
-        "mean": [0.5] * 3,
-        "std": [0.2] * 3,
-        "image_size": 64,
-        "init": "random",
-        "fold": 0,
-        "epoch": 3,
-        "val_accuracy": 0.7,
-        "train_counts": [4, 5, 6],
-    } | changes
+    content = {"state_dict": net.state_dict(), "model": "resnet18", "classes": CLASSES, "init": "random"}
+    content |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 64, "fold": 0, "epoch": 3}
+    return content | {"val_accuracy": 0.7, "train_counts": [4, 5, 6]} | changes
 
 
 def refusal(file):

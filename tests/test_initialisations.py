@@ -1,4 +1,4 @@
-"""The chain of initialisations: fine-tuning starts, tensor for tensor, from what it should; only the head is new.
+"""The chain of initialisations: training starts, tensor for tensor, as it should; only the head is new.
 
 The files are real ones: a state_dict in torchvision's layout under torchvision's own file name in a temporary
 TORCH_HOME, and best.pt files as pre-training leaves them.
@@ -15,14 +15,9 @@ import torchvision
 
 import models
 
-SMALL = {"resnet18": 64, "vgg11_bn": 64, "vit_b_32": 64, "regnet_y_400mf": 64, "mobilenet_v3_small": 64}
-HEADS = {
-    "resnet18": "fc",
-    "vgg11_bn": "classifier.6",
-    "vit_b_32": "heads.head",
-    "regnet_y_400mf": "fc",
-    "mobilenet_v3_small": "classifier.3",
-}
+HEADS = {"resnet18": "fc", "regnet_y_400mf": "fc", "mobilenet_v3_small": "classifier.3"}
+HEADS |= {"vgg11_bn": "classifier.6", "vit_b_32": "heads.head"}
+LARGE = ("vgg11_bn", "vit_b_32")  # files of 350 MB and more
 
 
 @pytest.fixture
@@ -32,8 +27,8 @@ def torch_home(tmp_path, monkeypatch):
 
 
 def put_imagenet_file(name, weights="imagenet", **options):
-    """Save a randomly initialised network of 1,000 classes as torchvision's own file; returns its state_dict."""
-    url, file = models.imagenet_file(name, weights)
+    """Save random weights of 1,000 classes as torchvision's own file; returns the state_dict."""
+    file = models.imagenet_file(name, weights)[1]
     state = torchvision.models.get_model(name, **options).state_dict()
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file)
@@ -45,15 +40,11 @@ def save_checkpoint(file, net, name, classes, **changes):
         "state_dict": net.state_dict(),
         "model": name,
         "classes": classes,
-        "mean": [0.5] * 3,
-        "std": [0.2] * 3,
-        "image_size": 64,
         "init": "cd",
-        "fold": 0,
-        "epoch": 1,
-        "val_accuracy": 0.5,
-        "train_counts": [3] * len(classes),
-    } | changes
+        "image_size": 64,
+    }
+    content |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fold": 0, "epoch": 1, "val_accuracy": 0.5}
+    content |= {"train_counts": [3] * len(classes)} | changes
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file)
     return file
@@ -62,69 +53,51 @@ def save_checkpoint(file, net, name, classes, **changes):
 def differing(net, state):
     """Names of tensors that are not bit for bit those of state."""
     own = net.state_dict()
-    return {
-        key
-        for key in own.keys() | state.keys()
-        if key not in own or key not in state or not torch.equal(own[key], state[key])
-    }
+    common = own.keys() & state.keys()
+    return own.keys() ^ state.keys() | {key for key in common if not torch.equal(own[key], state[key])}
 
 
-LARGE = ("vgg11_bn", "vit_b_32")  # files of 350 MB and more
+def long_if(name, *values, large=LARGE):
+    """A parameter of a test that takes long for large networks."""
+    return pytest.param(name, *values, marks=pytest.mark.long if name in large else ())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in SMALL]
-)
+@pytest.mark.parametrize("name", [long_if(name) for name in HEADS])
 def test_imagenet_is_torchvisions_file_but_for_the_head(name, torch_home):
     options = {"image_size": 64} if name.startswith("vit") else {}
     state = put_imagenet_file(name, **options)
     net = models.build_model(name, 21, "imagenet", 64)
     assert differing(net, state) == {HEADS[name] + ".weight", HEADS[name] + ".bias"}
     assert net.get_submodule(HEADS[name]).out_features == 21
-    assert {p.dtype for p in net.parameters()} == {torch.float32} and all(
-        p.requires_grad for p in net.parameters()
-    )
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    "name, size",
-    [
-        ("resnet18", 64),
-        ("densenet121", 64),
-        ("mnasnet0_5", 64),
-        ("googlenet", 64),
-        *(pytest.param(name, 224, marks=pytest.mark.long) for name in ("vgg19_bn", "vit_b_32", "vit_l_32")),
-    ],
-)
+OLDER = {"resnet18": 64, "densenet121": 64, "mnasnet0_5": 64, "googlenet": 64}
+OLDER |= {"vgg19_bn": 224, "vit_b_32": 224, "vit_l_32": 224}
+
+
+@pytest.mark.parametrize("name, size", [long_if(*item, large=list(OLDER)[4:]) for item in OLDER.items()])
 def test_files_of_older_versions_are_read_as_torchvision_reads_them(name, size, torch_home):
-    """torchvision never wrote its files anew: batch norm of 2017 counts no batches, ViT's MLPs have layers linear_1 and
-    linear_2 (pytorch/vision 6053), DenseNet's have norm.1 and conv.1, GoogLeNet has side outputs, MNASNet needs its version."""
+    """Batch norm of 2017 counts no batches, ViT's MLPs have layers linear_1 and linear_2 (vision 6053),
+    DenseNet's have norm.1 and conv.1, GoogLeNet has side outputs, MNASNet needs its version."""
     state = put_imagenet_file(name)
     if name not in ("mnasnet0_5", "googlenet"):
-        older = (
-            (r"\.mlp\.0\.", ".mlp.linear_1."),
-            (r"\.mlp\.3\.", ".mlp.linear_2."),
-            (r"(denselayer\d+\.(norm|conv))(\d)", r"\1.\3"),
-        )
-        for new, old in older:
-            state = {
-                re.sub(new, old, key): value
-                for key, value in state.items()
-                if "num_batches_tracked" not in key
-            }
+        older = [(r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2.")]
+        for new, old in [*older, (r"(denselayer\d+\.(norm|conv))(\d)", r"\1.\3")]:
+            state = {re.sub(new, old, key): value for key, value in state.items()}
+        state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
         torch.save(state, models.imagenet_file(name)[1])
         assert state.keys() != torchvision.models.get_model(name).state_dict().keys()
     theirs = torchvision.models.get_model(name, weights=models.find_weights(name))
     net = models.build_model(name, 21, "imagenet", size)
     head = models.head_name(net)
     assert differing(net, theirs.state_dict()) == {f"{head}.weight", f"{head}.bias"}
-    loaded, _ = models.load_checkpoint(
-        save_checkpoint(torch_home / "best.pt", net, name, list("abcdefghijklmnopqrstu"), image_size=size)
-    )
+    file = save_checkpoint(torch_home / "best.pt", net, name, list("abcdefghijklmnopqrstu"), image_size=size)
+    loaded, _ = models.load_checkpoint(file)
     assert not differing(loaded, net.state_dict())
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - set(LARGE)))
+@pytest.mark.parametrize("name", sorted(set(HEADS) - set(LARGE)))
 def test_in_domain_pretraining_hands_on_all_but_the_head(name, tmp_path):
     source = models.build_model(name, 11, None, 64)
     file = save_checkpoint(tmp_path / "best.pt", source, name, list("abcdefghijk"))
@@ -132,30 +105,20 @@ def test_in_domain_pretraining_hands_on_all_but_the_head(name, tmp_path):
     assert differing(net, source.state_dict()) == {HEADS[name] + ".weight", HEADS[name] + ".bias"}
 
 
-def nested(state):
-    """As PyTorch's ImageNet example saves it: trained in parallel, with more around it."""
-    return {
-        "epoch": 3,
+LAYOUTS = {
+    "torchvision's": lambda state: state,
+    "of PyTorch's ImageNet example": lambda state: {
         "arch": "resnet18",
         "best_acc1": torch.tensor(0.5),
         "optimizer": {"param_groups": [{"lr": 0.1}]},
         "state_dict": {f"module.{key}": value for key, value in state.items()},
-    }
+    },
+    "of torchvision's own scripts": lambda state: {"model": state, "epoch": 3},
+    "compiled": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+}
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        pytest.param(dict, id="torchvision's layout"),
-        pytest.param(nested, id="state_dict with module."),
-        pytest.param(
-            lambda state: {"model": state, "epoch": 3}, id="model, as torchvision's own scripts save it"
-        ),
-        pytest.param(
-            lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()}, id="compiled"
-        ),
-    ],
-)
+@pytest.mark.parametrize("wrap", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_state_dict_of_another_program_is_taken_but_for_its_head(wrap, tmp_path):
     source = torchvision.models.resnet18(num_classes=7)
     torch.save(wrap(source.state_dict()), tmp_path / "theirs.pth")
@@ -196,7 +159,7 @@ def test_seed_decides_random_weights_and_head(torch_home):
     assert torch.equal(nets[0].fc.weight, nets[3].fc.weight)  # strategies are compared from the same head
     bound = (
         nets[0].fc.in_features ** -0.5
-    )  # nn.Linear: uniform within 1/sqrt(inputs), not torchvision's zeros or 0.01
+    )  # nn.Linear: within 1/sqrt(inputs), not torchvision's zeros or 0.01
     assert 0.95 * bound < nets[0].fc.weight.abs().max() <= bound
 
 
@@ -216,11 +179,9 @@ def test_position_embeddings_are_interpolated():
     ours, theirs = net.state_dict()[position], state[position]
     assert ours.shape == (1, 1 + 2 * 2, 768) and torch.equal(
         ours[:, 0], theirs[:, 0]
-    )  # the class token keeps its own
-    grid = theirs[0, 1:].reshape(7, 7, 768)
-    torch.testing.assert_close(
-        ours[0, 1:].reshape(2, 2, 768), grid[::6, ::6]
-    )  # the corners of the old grid, by hand
+    )  # the class token's own
+    grid = theirs[0, 1:].reshape(7, 7, 768)[::6, ::6]  # the corners of the old grid, by hand
+    torch.testing.assert_close(ours[0, 1:].reshape(2, 2, 768), grid)
     larger = models.build_model("vit_b_32", 2, None, 96)
     models.load_state(larger, net.state_dict(), "a file", "vit_b_32")
     assert larger.state_dict()[position].shape == (1, 10, 768)
@@ -263,25 +224,15 @@ def test_truncated_and_foreign_imagenet_files_are_refused(torch_home):
     old = torch_home / "old.pth"  # the layout of files of before 2020, e.g. torchvision's VGGs
     torch.save(torchvision.models.resnet18().state_dict(), old, _use_new_zipfile_serialization=False)
     half = len(content) // 2
-    for damaged in (
-        b"",
-        content[:10],
-        content[:half],
-        content[:-100],
-        old.read_bytes()[:-100],
-        b"<html>login</html>",
-    ):
+    parts = (b"", content[:10], content[:half], content[:-100], old.read_bytes()[:-100])
+    for damaged in (*parts, b"<html>login</html>"):
         file.write_bytes(damaged)
         message = refusal("resnet18", 21, "imagenet")
         assert url in message and str(file) in message and "damaged" in message
     torch.save(torchvision.models.resnet34().state_dict(), file)
     message = refusal("resnet18", 21, "imagenet")
-    assert (
-        url in message
-        and "not the weights of resnet18" in message
-        and "layer1.2" in message
-        and len(message) < 700
-    )
+    assert url in message and "not the weights of resnet18" in message and "layer1.2" in message
+    assert len(message) < 700
     state = torchvision.models.resnet18().state_dict()
     torch.save(state | {"layer1.0.conv1.weight": state["layer1.0.conv1.weight"][:32]}, file)
     message = refusal("resnet18", 21, "imagenet")
@@ -300,7 +251,7 @@ def test_no_network_names_url_and_place(torch_home, monkeypatch):
 
 
 def test_weights_are_fetched_before_the_night(torch_home, monkeypatch, capsys):
-    """python models.py --fetch: what is there is not fetched again; the first download that fails ends it, status 1."""
+    """python models.py --fetch: what is there is not fetched again; the first failure ends it, status 1."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     put_imagenet_file("squeezenet1_1")
@@ -331,23 +282,8 @@ def test_weights_of_another_kind_are_never_random_instead(tmp_path):
 def test_unfinished_pretraining_is_not_used(tmp_path, run, demo):
     folder = tmp_path / "pretrain" / "resnet18" / "cd"
     save_checkpoint(folder / "best.pt", models.build_model("resnet18", 11), "resnet18", list("abcdefghijk"))
-    done = run(
-        "train.py",
-        "--model",
-        "resnet18",
-        "--init",
-        "cd",
-        "--fold",
-        0,
-        "--data",
-        demo / "bm",
-        "--runs",
-        tmp_path,
-        "--epochs",
-        1,
-        "--image-size",
-        32,
-    )
+    options = "--model resnet18 --init cd --fold 0 --epochs 1 --image-size 32".split()
+    done = run("train.py", *options, "--data", demo / "bm", "--runs", tmp_path)
     assert done.returncode == 1 and "pretrain.py --model resnet18 --init cd" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("train/*/*/fold0/*.csv"))
@@ -355,44 +291,23 @@ def test_unfinished_pretraining_is_not_used(tmp_path, run, demo):
 
 @pytest.mark.long
 def test_chain_through_the_command_line(tmp_path, run, demo, monkeypatch):
-    """ImageNet's file, pretrain.py imagenet+cd, train.py imagenet+cd; at a rate of 1e-60 weights stay as they began."""
+    """ImageNet's file, pretrain.py and train.py imagenet+cd; at a rate of 1e-60 weights stay as they are."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     state = put_imagenet_file("resnet18")
-    options = (
-        "--model",
-        "resnet18",
-        "--init",
-        "imagenet+cd",
-        "--runs",
-        tmp_path / "runs",
-        "--epochs",
-        1,
-        "--image-size",
-        32,
-        "--lr",
-        1e-60,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-    )
-    for script, data, options_more in (("pretrain.py", "cd", ()), ("train.py", "bm", ("--fold", 0))):
-        done = run(script, *options, "--data", demo / data, *options_more)
+    options = "--model resnet18 --init imagenet+cd --epochs 1 --image-size 32 --lr 1e-60 --workers 0"
+    options = [*options.split(), "--device", "cpu", "--runs", tmp_path / "runs"]
+    for script, data, more in (("pretrain.py", "cd", ()), ("train.py", "bm", ("--fold", 0))):
+        done = run(script, *options, "--data", demo / data, *more)
         assert done.returncode == 0, done.stderr
-    pretrained, tuned = (
-        models.read_checkpoint(tmp_path / "runs" / place / "best.pt")
-        for place in ("pretrain/resnet18/imagenet+cd", "train/resnet18/imagenet+cd/fold0")
-    )
-    moving = {
-        key for key in state if "running_" in key or "num_batches" in key
-    }  # batch statistics move at any rate
+    best = tmp_path / "runs/pretrain/resnet18/imagenet+cd/best.pt"
+    fold = tmp_path / "runs/train/resnet18/imagenet+cd/fold0"
+    pretrained, tuned = (models.read_checkpoint(file) for file in (best, fold / "best.pt"))
+    moving = {key for key in state if "running_" in key or "num_batches" in key}  # they move at any rate
     head = {"fc.weight", "fc.bias"}
     for first, second in ((state, pretrained["state_dict"]), (pretrained["state_dict"], tuned["state_dict"])):
         assert {key for key in state if not torch.equal(first[key], second[key])} - moving == head
     assert len(pretrained["classes"]) == 11 and len(tuned["classes"]) == 21
-    fold = tmp_path / "runs/train/resnet18/imagenet+cd/fold0"
     config = json.loads((fold / "config.json").read_text())
-    best = tmp_path / "runs/pretrain/resnet18/imagenet+cd/best.pt"
     assert config["weights"] == hashlib.sha256(best.read_bytes()).hexdigest()
     with open(fold / "predictions.csv", newline="") as handle:
         assert {f"p_{label}" for label in tuned["classes"]} <= set(next(csv.reader(handle)))

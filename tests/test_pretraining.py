@@ -1,4 +1,4 @@
-"""What a pre-training trains and validates on (section 2.4.2), against the COCO and HDF5 files themselves, read by json and h5py."""
+"""What a pre-training trains and validates on (section 2.4.2), against the COCO and HDF5 files themselves."""
 
 import collections
 import json
@@ -55,11 +55,7 @@ def test_a_fifth_of_each_class_validates_as_far_as_whole_images_allow(cd):
     for label in range(len(cells.classes)):
         of_class = parts[cells.targets == label]
         images = (of_class == "val").sum()
-        assert abs(images - 0.2 * len(of_class)) <= max(3, 0.1 * len(of_class)), (
-            cells.classes[label],
-            images,
-            len(of_class),
-        )
+        assert abs(images - 0.2 * len(of_class)) <= max(3, 0.1 * len(of_class)), cells.classes[label]
 
 
 def test_the_split_is_the_same_every_time_and_another_by_another_seed(cd):

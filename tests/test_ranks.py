@@ -1,6 +1,5 @@
 """One run over several processes (torchrun): the same protocol, and an end in every case."""
 
-import csv
 import json
 import os
 import pathlib
@@ -8,42 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from conftest import ROOT, read_rows, until
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.long
 # without batch norm and dropout: what each rank computes does not depend on how a batch is shared
-VIT = [
-    "--model",
-    "vit_b_32",
-    "--init",
-    "random",
-    "--fold",
-    0,
-    "--image-size",
-    64,
-    "--batch-size",
-    16,
-    "--lr",
-    0.003,
-    "--epochs",
-    2,
-]
-SMALL = [
-    "--model",
-    "shufflenet_v2_x0_5",
-    "--init",
-    "random",
-    "--fold",
-    0,
-    "--image-size",
-    32,
-    "--batch-size",
-    8,
-]
+VIT = "--model vit_b_32 --init random --fold 0 --image-size 64 --batch-size 16 --lr 0.003 --epochs 2"
+SMALL = "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --batch-size 8"
 
 
 @pytest.fixture(scope="module")
@@ -58,36 +30,17 @@ def cells(demo, tmp_path_factory):
 class Run:
     """train.py on a number of ranks, in a session of its own."""
 
-    def __init__(self, ranks, cells, runs, *arguments):
-        launcher = (
-            [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        )
-        command = [
-            sys.executable,
-            *launcher,
-            ROOT / "train.py",
-            *arguments,
-            "--data",
-            cells,
-            "--runs",
-            runs,
-            "--amp",
-            "off",
-            "--device",
-            "cpu",
-            "--workers",
-            0,
-        ]
+    def __init__(self, ranks, cells, runs, arguments):
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}".split()
+        command = ["env", "--default-signal=INT", sys.executable, *(torchrun if ranks > 1 else [])]
+        command += [ROOT / "train.py", *f"{arguments} --amp off --device cpu --workers 0".split()]
         runs.mkdir(parents=True, exist_ok=True)
         self.output = runs / "output.txt"
         with open(self.output, "a") as output:
-            self.process = subprocess.Popen(
-                [str(part) for part in command],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
+            options = {"stdout": output, "stderr": output, "start_new_session": True}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            command += ["--data", cells, "--runs", runs]
+            self.process = subprocess.Popen([*map(str, command)], env=environment, **options)
 
     def end(self, seconds=1200):
         """(exit status, all that was printed); whatever still runs then is killed, and the test fails."""
@@ -103,79 +56,71 @@ class Run:
         found = []
         for task in children.parent.parent.iterdir():
             found += [int(pid) for pid in (task / "children").read_text().split()]
-        return sorted(
-            pid for pid in found if b"train.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        return sorted(pid for pid in found if b"train.py" in read_bytes(pid))
 
-    def wait_for(self, condition, seconds=900):
+    def wait_for(self, condition):
         """Wait until condition() holds."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
-            time.sleep(0.05)
+        until(lambda: condition() or self.process.poll() is not None, self.output.read_text, 900)
+        assert self.process.poll() is None, self.output.read_text()
 
 
-def table(file):
-    """Rows of a CSV, or none while there is none."""
-    if not file.exists():
-        return []
-    with open(file, newline="") as handle:
-        return list(csv.DictReader(handle))
+def read_bytes(pid):
+    """The command line of a process, nothing once it is gone."""
+    file = pathlib.Path(f"/proc/{pid}/cmdline")
+    return file.read_bytes() if file.exists() else b""
 
 
 def curve(runs, column):
     """A column of the one log.csv in runs."""
-    return [float(row[column]) for row in table(next(runs.glob("train/*/random/fold0/log.csv")))]
+    return [float(row[column]) for row in read_rows(next(runs.glob("train/*/random/fold0/log.csv")))]
 
 
 def probabilities(runs):
     """Array [N, 3] of the test images in file order."""
-    rows = table(next(runs.glob("train/*/random/fold0/predictions.csv")))
+    rows = read_rows(next(runs.glob("train/*/random/fold0/predictions.csv")))
     return np.array([[float(value) for key, value in row.items() if key.startswith("p_")] for row in rows])
 
 
 def gone(pids):
     """No process of these ids runs any more."""
-    files = [pathlib.Path(f"/proc/{pid}/cmdline") for pid in pids]
-    return not any(file.exists() and file.read_bytes() for file in files)
+    return not any(map(read_bytes, pids))
 
 
-@pytest.mark.long
-def test_batch_that_the_ranks_cannot_share_is_refused(cells, tmp_path):
-    status, output = Run(2, cells, tmp_path, *SMALL, "--batch-size", 7).end()
-    assert status != 0 and "exitcode  : 2" in output, output
-    assert "error: --batch-size 7: must be a multiple of the 2 ranks" in output
+REFUSED = [("--batch-size 7", "--batch-size 7: must be a multiple of the 2 ranks")]
+REFUSED += [("--compile", "--compile: not together with torchrun")]
+
+
+@pytest.mark.parametrize("more, why", REFUSED)
+def test_what_ranks_cannot_do_is_refused(cells, tmp_path, more, why):
+    status, output = Run(2, cells, tmp_path, f"{SMALL} {more}").end()
+    assert status != 0 and "exitcode  : 2" in output and f"error: {why}" in output, output
     assert 'train.py", line' not in output
     assert not (tmp_path / "train").exists()
 
 
-@pytest.mark.long
 def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(cells, tmp_path):
-    run = Run(2, cells, tmp_path, *SMALL, "--lr", 0.01, "--epochs", 1000)
+    run = Run(2, cells, tmp_path, f"{SMALL} --lr 0.01 --epochs 1000")
     log = tmp_path / "train/shufflenet_v2_x0_5/random/fold0/log.csv"
-    run.wait_for(lambda: len(table(log)) >= 1)
+    run.wait_for(lambda: len(read_rows(log)) >= 1)
     pids = run.rank_pids()
     assert len(pids) == 2
     os.killpg(run.process.pid, signal.SIGINT)
     status, output = run.end(30)
-    assert status != 0 and gone(pids)
-    assert "the same command resumes" in output and 'train.py", line' not in output, output
-    epochs = len(table(log))
-    again = Run(2, cells, tmp_path, *SMALL, "--lr", 0.01, "--epochs", 1000)
-    again.wait_for(lambda: len(table(log)) > epochs)
+    assert status != 0 and gone(pids), output
+    epochs = len(read_rows(log))
+    again = Run(2, cells, tmp_path, f"{SMALL} --lr 0.01 --epochs 1000")
+    again.wait_for(lambda: len(read_rows(log)) > epochs)
     os.killpg(again.process.pid, signal.SIGTERM)
     assert "resumes after epoch" in again.end(30)[1]
 
 
-@pytest.mark.long
 def test_range_test_on_two_ranks_ends_with_the_rate_of_one_process(cells, tmp_path):
-    arguments = [*SMALL, "--batch-size", 16, "--epochs", 1]
+    arguments = f"{SMALL} --batch-size 16 --epochs 1"
     for ranks in (1, 2):
-        status, output = Run(ranks, cells, tmp_path / str(ranks), *arguments).end()
+        status, output = Run(ranks, cells, tmp_path / str(ranks), arguments).end()
         assert status == 0, output
-    one, two = (
-        json.loads((tmp_path / n / "train/shufflenet_v2_x0_5/random/measured.json").read_text()) for n in "12"
-    )
+    folders = [tmp_path / n / "train/shufflenet_v2_x0_5/random" for n in "12"]
+    one, two = (json.loads((folder / "measured.json").read_text()) for folder in folders)
     assert two["lr"] == pytest.approx(one["lr"])
     assert curve(tmp_path / "2", "lr") == [pytest.approx(two["lr"])]
 
@@ -185,44 +130,40 @@ def pair(cells, tmp_path_factory):
     """Folders of the same run of vit_b_32 by one process and by two ranks."""
     folder = tmp_path_factory.mktemp("pair")
     for ranks in (1, 2):
-        status, output = Run(ranks, cells, folder / str(ranks), *VIT).end()
+        status, output = Run(ranks, cells, folder / str(ranks), VIT).end()
         assert status == 0, output
     return folder / "1", folder / "2"
 
 
-@pytest.mark.long
 def test_two_ranks_have_the_losses_of_one_process(pair):
     one, two = pair
     for column in ("train_loss", "val_loss"):
         assert len(curve(two, column)) == 2
-        print(column, curve(one, column), curve(two, column))
         np.testing.assert_allclose(curve(two, column), curve(one, column), rtol=1e-3)
     np.testing.assert_allclose(probabilities(two), probabilities(one), atol=1e-3)
 
 
-@pytest.mark.long
 def test_two_ranks_predict_each_image_of_the_split_once(pair):
     folder = pair[1] / "train/vit_b_32/random/fold0"
-    split = table(pair[1] / "split.csv")
+    split = read_rows(pair[1] / "split.csv")
     for part, name in (("test", "predictions.csv"), ("val", "val_predictions.csv")):
-        tested = sorted(row["path"] for row in table(folder / name))
+        tested = sorted(row["path"] for row in read_rows(folder / name))
         assert tested == sorted(row["path"] for row in split if row["fold0"] == part)
 
 
-@pytest.mark.long
 def test_killed_rank_ends_the_run_which_goes_on_with_any_number(pair, cells, tmp_path):
     killed = tmp_path / "killed"
-    run = Run(2, cells, killed, *VIT)
+    run = Run(2, cells, killed, VIT)
     folder = killed / "train/vit_b_32/random/fold0"
     run.wait_for(lambda: "epoch 1/2: " in run.output.read_text())  # its checkpoint is not lost
     pids = run.rank_pids()
     os.kill(pids[1], signal.SIGKILL)
     status, output = run.end(60)
     assert status != 0 and gone(pids), output
-    assert len(table(folder / "log.csv")) == 1 and not (folder / "predictions.csv").exists()
+    assert len(read_rows(folder / "log.csv")) == 1 and not (folder / "predictions.csv").exists()
     shutil.copytree(killed, tmp_path / "other")
     for ranks, runs in ((2, killed), (1, tmp_path / "other")):
-        status, output = Run(ranks, cells, runs, *VIT).end()
+        status, output = Run(ranks, cells, runs, VIT).end()
         assert status == 0 and "resumes after epoch 1" in output, output
         for column in ("train_loss", "val_loss"):
             np.testing.assert_allclose(curve(runs, column), curve(pair[1], column), rtol=1e-3)
