@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -33,47 +33,22 @@ MODELS = {
     "vit_l_32": "ViT_l_32",
     "resnext50_32x4d": "ResNeXt-50",
 }
-INITS = {
-    "random": "Random",
-    "imagenet": "ImageNet",
-    "pcam": "PCam",
-    "cd": "CD",
-    "imagenet+pcam": "ImageNet + PCam",
-    "imagenet+cd": "ImageNet + CD",
-}
-CLASSES = {
-    "NGB": "Band neutrophils",
-    "NGS": "Segmented neutrophils",
-    "LYT": "Lymphocytes",
-    "MON": "Monocytes",
-    "EOS": "Eosinophils",
-    "BAS": "Basophils",
-    "MMZ": "Metamyelocytes",
-    "MYB": "Myelocytes",
-    "PMO": "Promyelocytes",
-    "BLA": "Blasts",
-    "PLM": "Plasma cells",
-    "KSC": "Smudge cells",
-    "OTH": "Other cells",
-    "ART": "Artefacts",
-    "NIF": "Not identifiable",
-    "PEB": "Proerythroblasts",
-    "EBO": "Erythroblasts",
-    "HAC": "Hairy cells",
-    "ABE": "Abnormal eosinophils",
-    "LYI": "Immature lymphocytes",
-    "FGC": "Faggot cells",
-}
+INITS = {"random": "Random", "imagenet": "ImageNet", "pcam": "PCam", "cd": "CD"}
+INITS |= {f"imagenet+{name}": f"ImageNet + {INITS[name]}" for name in ("pcam", "cd")}
+CLASS_NAMES = """NGB Band neutrophils, NGS Segmented neutrophils, LYT Lymphocytes, MON Monocytes,
+EOS Eosinophils, BAS Basophils, MMZ Metamyelocytes, MYB Myelocytes, PMO Promyelocytes, BLA Blasts,
+PLM Plasma cells, KSC Smudge cells, OTH Other cells, ART Artefacts, NIF Not identifiable,
+PEB Proerythroblasts, EBO Erythroblasts, HAC Hairy cells, ABE Abnormal eosinophils,
+LYI Immature lymphocytes, FGC Faggot cells"""
+CLASSES = dict(entry.split(maxsplit=1) for entry in CLASS_NAMES.split(","))
 SCORES = ("precision", "recall", "f1")
 COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
-COMPARISON = (
-    "family model init against_model against_init folds difference low high p p_holm smallest_difference"
-).split()
+COMPARISON = "family model init against_model against_init folds difference low high p p_holm".split()
 COMMON = 100  # f1_common averages the classes of at least so many images
 LEVEL = 0.05  # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64  # test images / training images of the paper's split, used without a split.csv
-# Settings in config.json that all folds should share; all rows, too, but for the learning rate
-SETTINGS = "amp batch_size data epochs image_size lr optimizer schedule seed stop_lr weights".split()
+# Settings in config.json that all folds of all rows should share
+SETTINGS = "amp batch_size data epochs image_size optimizer schedule seed stop_lr".split()
 # As text, since a class may be called NA or 01; file names may hold bytes that are not UTF-8
 CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 # paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
@@ -87,9 +62,9 @@ Study = namedtuple("Study", "classes images runs problems notes split overlaps",
 
 
 # ---------------------------------------------------------------- files
-def rank(name, known):
-    """Sort key: the names that `known` holds, in its order, then the others alphabetically."""
-    return list(known).index(name) if name in known else len(known), name
+def rank(name, order):
+    """Sort key: the names that `order` holds, as they stand there, then the others alphabetically."""
+    return list(order).index(name) if name in order else len(order), name
 
 
 def class_order(names):
@@ -134,11 +109,11 @@ def error_context(file):
 
 def find_runs(runs):
     """Finished runs as {(model, init): {fold: Path of predictions.csv}}, in the paper's order."""
-    found = {}
+    files = {}
     for file in Path(runs, "train").glob("*/*/fold*/predictions.csv"):
         if re.fullmatch(r"fold(0|[1-9][0-9]*)", file.parent.name):
-            found.setdefault(file.parts[-4:-2], {})[int(file.parent.name[4:])] = file
-    return {run: dict(sorted(found[run].items())) for run in run_order(found)}
+            files.setdefault(file.parts[-4:-2], {})[int(file.parent.name[4:])] = file
+    return {run: dict(sorted(files[run].items())) for run in run_order(files)}
 
 
 def read_predictions(file):
@@ -154,15 +129,16 @@ def read_predictions(file):
             raise ValueError("is no table of path,label,prediction,p_<CLASS>...")
         labels, predictions = (pd.Index(classes).get_indexer(table[key]) for key in text[1:])
         p = table[["p_" + name for name in classes]].to_numpy(float)
-        sound = (p >= 0).all(1) & (abs(p.sum(1) - 1) < 0.001)
-        sound &= p[np.arange(len(p)), predictions] > p.max(1) - 1e-5
-        for wrong, reason in (
-            (table.path.duplicated(), "appears more than once"),
-            (np.minimum(labels, predictions) < 0, "has a class that is not in the header"),
-            (~sound, "has probabilities that don't add up to 1 or don't fit the prediction"),
-        ):
-            if wrong.any():
-                raise ValueError(f"{table.path.iloc[wrong.argmax()]!r} {reason}")
+        valid = (p >= 0).all(1) & (abs(p.sum(1) - 1) < 0.001)
+        valid &= p[np.arange(len(p)), predictions] > p.max(1) - 1e-5
+        problems = {
+            "appears more than once": table.path.duplicated(),
+            "has a class that is not in the header": np.minimum(labels, predictions) < 0,
+            "has probabilities that don't add up to 1 or don't fit the prediction": ~valid,
+        }
+        for reason, rows in problems.items():
+            if rows.any():
+                raise ValueError(f"{table.path.iloc[rows.argmax()]!r} {reason}")
         return Predictions(table.path.tolist(), labels, predictions, p, classes)
 
 
@@ -185,26 +161,28 @@ def read_overlaps(file, split):
     """
     with error_context(file):
         pairs = pd.read_csv(file, dtype=str, usecols=["first", "second"], **CSV)
-    known, folds = pairs[pairs.isin(split.index).all(axis=1)].to_numpy(), split.drop(columns="label")
-    rows = split.index.get_indexer(known.ravel()).reshape(-1, 2)
-    trained, tested, shared = folds == "train", folds == "test", np.zeros(folds.shape, bool)
-    for one, other in (rows.T, rows.T[::-1]):
-        np.logical_or.at(shared, one, trained.to_numpy()[other])
+    in_split = pairs[pairs.isin(split.index).all(axis=1)]
+    first, second = (split.index.get_indexer(in_split[column]) for column in ("first", "second"))
+    parts = split.drop(columns="label")
+    trained, shared = (parts == "train").to_numpy(), np.zeros(parts.shape, bool)
+    np.logical_or.at(shared, first, trained[second])
+    np.logical_or.at(shared, second, trained[first])
+    tested = parts == "test"
     shared = tested & shared
     note = (
         f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
-        f"image of their fold ({len(known):,} pairs); the last columns of Table 4 omit them, "
+        f"image of their fold ({len(in_split):,} pairs); the last columns of Table 4 omit them, "
         "but don't measure what the overlap does: these may be harder or easier cells."
     )
-    if len(pairs) > len(known):
-        note += f" {len(pairs) - len(known):,} pairs are ignored: their images are not in split.csv."
+    if len(pairs) > len(in_split):
+        note += f" {len(pairs) - len(in_split):,} pairs are ignored: their images are not in split.csv."
     return shared, note
 
 
 def read_study(runs):
     """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid."""
     split = shared = overlaps = None
-    classes, study, problems, notes, left_out = [], {}, [], set(), set()
+    classes, study, problems, left_out, empty, tested = [], {}, [], set(), set(), {}
     if Path(runs, "split.csv").exists():
         split = read_split(Path(runs, "split.csv"))
         if Path(runs, "overlaps.csv").exists():
@@ -217,74 +195,62 @@ def read_study(runs):
                 problems.append(str(error))
                 continue
             study.setdefault(run, {})[k] = fold
-            left_out |= {path for path, _ in fold.config.get("left_out") or ()}
-            notes |= {(k, c) for c in np.flatnonzero(fold.confusion.sum(1) == 0)}
-    if split is None:
-        tested = [sum(one.confusion.sum(1) for one in folds.values()) for folds in study.values()]
-        images = max(tested, key=sum, default=np.zeros(0, int))
-    else:
+            left_out |= {path for path, _ in fold.config.get("left_out") or []}
+            images = fold.confusion.sum(1)
+            empty |= {(k, c) for c in np.flatnonzero(images == 0)}
+            tested[run] = tested.get(run, 0) + images
+    images = max(tested.values(), key=sum, default=np.zeros(0, int))
+    if split is not None:
         counts = split.label.drop(list(left_out), errors="ignore").value_counts()
         images = counts.reindex(classes, fill_value=0).to_numpy()
-    notes = [
-        f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean."
-        for k, c in sorted(notes)
-    ]
-    notes = [overlaps] * bool(overlaps) + notes + setting_notes(study)
-    return Study(classes, images, study, problems, notes, split, overlaps)
+    notes = [overlaps, setting_note(study)]
+    for k, c in sorted(empty):
+        notes.append(f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean.")
+    return Study(classes, images, study, problems, list(filter(None, notes)), split, overlaps)
 
 
 def read_fold(file, k, classes, split, shared):
     """Fold k of a run and its classes; ValueError if these are not `classes`, or the split contradicts it."""
-    one, fold, config, no_overlap = read_predictions(file), f"fold{k}", {}, None
-    n, expected = len(one.classes), len(one.paths)
+    tested, column, config, no_overlap = read_predictions(file), f"fold{k}", {}, None
+    n, expected = len(tested.classes), len(tested.paths)
     with contextlib.suppress(OSError, ValueError, TypeError):  # less is checked without it
         config = dict(json.loads(file.with_name("config.json").read_text(encoding="utf-8")))
     train_images = config.get("train_images", np.nan)
     with error_context(file):
-        if classes and one.classes != classes:
+        if classes and tested.classes != classes:
             raise ValueError(f"its {n} classes are not the {len(classes)} of files before it")
         if split is not None:
-            here = split.reindex(one.paths)
-            wrong = here.label != np.array(one.classes, object)[one.labels]
-            wrong |= here.get(fold) != "test"
-            if wrong.any():
+            rows = split.reindex(tested.paths)
+            differs = rows.label != np.array(tested.classes, object)[tested.labels]
+            differs |= rows.get(column) != "test"
+            if differs.any():
                 raise ValueError(
-                    f"{wrong.sum()} images are not in the test part of {fold} with this label, "
-                    f"e.g. {wrong.idxmax()!r}"
+                    f"{differs.sum()} images are not in the test part of {column} with this label, "
+                    f"e.g. {differs.idxmax()!r}"
                 )
-            expected, train_images = ((split[fold] == part).sum() for part in ("test", "train"))
+            expected, train_images = ((split[column] == part).sum() for part in ("test", "train"))
         expected = config.get("test_images", expected)  # fewer than the split's if some can't be read
-        if len(one.paths) != expected:
-            raise ValueError(f"has {len(one.paths)} rows for {expected} test images")
-    confusion = count_confusion(one.labels, one.predictions, n)
+        if len(tested.paths) != expected:
+            raise ValueError(f"has {len(tested.paths)} rows for {expected} test images")
+    confusion = count_confusion(tested.labels, tested.predictions, n)
     if shared is not None:
-        alone = ~shared[fold].loc[one.paths].to_numpy()
-        no_overlap = count_confusion(one.labels[alone], one.predictions[alone], n)
+        alone = ~shared[column].loc[tested.paths].to_numpy()
+        no_overlap = count_confusion(tested.labels[alone], tested.predictions[alone], n)
     scores = confusion_scores(confusion)
-    return Fold(confusion, scores, float(train_images), no_overlap, file, config), one.classes
+    return Fold(confusion, scores, float(train_images), no_overlap, file, config), tested.classes
 
 
-def setting_notes(runs):
-    """Sentences on settings that differ between the folds of a row, or between rows."""
-    notes = []
-    for key in SETTINGS:
-        used = {run: {str(one.config.get(key))[:12] for one in runs[run].values()} - {"None"} for run in runs}
-        notes += [
-            f"{' '.join(paper_names(*run))}: its folds used different {key} "
-            f"({', '.join(sorted(values))}), so they don't repeat one experiment."
-            for run, values in used.items()
-            if len(values) > 1
-        ]
-        every = set().union(*used.values())
-        if key not in ("lr", "weights") and len(every) > max(map(len, used.values()), default=0):
-            notes.append(f"The rows used different {key} ({', '.join(sorted(every))}).")
-    used = {(k, one.config.get("split")) for folds in runs.values() for k, one in folds.items()}
-    if max(Counter(k for k, split in used if split).values(), default=0) > 1:
-        notes.append(
-            "The rows were trained under different splits: their folds are no pairs, and the tests "
-            "between them don't hold."
-        )
-    return notes
+def setting_note(runs):
+    """A sentence on the settings that folds or rows should share but don't, or ""."""
+    rows = []
+    for run, folds in runs.items():
+        for k, fold in folds.items():
+            rows.append({key: fold.config.get(key) for key in SETTINGS})
+            rows[-1][f"lr of {'/'.join(run)}"] = fold.config.get("lr")
+            rows[-1][f"split of fold {k}"] = fold.config.get("split")
+    different = [key for key, values in pd.DataFrame(rows).items() if values.nunique() > 1]
+    note = f"Folds or rows used different settings, so tests may not hold: {', '.join(different)}."
+    return note if different else ""
 
 
 # ---------------------------------------------------------------- scores
@@ -318,14 +284,14 @@ def macro_f1(folds):
 
     Where these differ between folds, all are shifted by the same, so that their mean is that of Table 4.
     """
-    f1 = np.array([one.scores[2] for one in folds])
-    each = moments(f1.T)[0]
-    return each - each.mean() + moments(moments(f1)[0])[0]
+    f1 = np.array([fold.scores[2] for fold in folds])
+    means = moments(f1.T)[0]
+    return means - means.mean() + moments(moments(f1)[0])[0]
 
 
 def accuracy(confusions):
     """Mean and sample std over confusion matrices of the share that is right."""
-    return moments([np.trace(one) / (one.sum() or np.nan) for one in confusions])
+    return moments([np.trace(confusion) / (confusion.sum() or np.nan) for confusion in confusions])
 
 
 def table4_rows(study):
@@ -333,16 +299,17 @@ def table4_rows(study):
     rows = []
     for (model, init), folds in study.runs.items():
         folds = list(folds.values())
-        mean, std = moments([one.scores for one in folds])
+        mean, std = moments([fold.scores for fold in folds])
         row = {"model": model, "init": init, "folds": len(folds)}
-        row |= zip(COLUMNS, itertools.chain(*zip(moments(mean.T)[0], moments(std.T)[0])))
-        row["accuracy_mean"], row["accuracy_std"] = accuracy([one.confusion for one in folds])
+        for score, means, stds in zip(SCORES, mean, std):
+            row[f"{score}_mean"], row[f"{score}_std"] = moments(means)[0], moments(stds)[0]
+        row["accuracy_mean"], row["accuracy_std"] = accuracy([fold.confusion for fold in folds])
         row["f1_fold_std"] = moments(macro_f1(folds))[1]
         row["f1_common"] = moments(mean[2, study.images >= COMMON])[0]
-        rest = [one.no_overlap for one in folds if one.no_overlap is not None]
-        if rest:
-            row["f1_no_overlap"] = moments(moments([confusion_scores(one)[2] for one in rest])[0])[0]
-            row["accuracy_no_overlap"] = accuracy(rest)[0]
+        alone = [fold.no_overlap for fold in folds if fold.no_overlap is not None]
+        if alone:
+            f1 = moments([confusion_scores(confusion)[2] for confusion in alone])[0]
+            row["f1_no_overlap"], row["accuracy_no_overlap"] = moments(f1)[0], accuracy(alone)[0]
         rows.append(row)
     return rows
 
@@ -350,18 +317,21 @@ def table4_rows(study):
 def table5_rows(study, model, init):
     """One dict a class, keys as in table5_<model>_<init>.csv; the recall's interval is corrected_t_test's."""
     folds = list(study.runs[model, init].values())
-    table = pd.DataFrame({"class": study.classes, "images": study.images})
-    table[COLUMNS] = np.stack(moments([one.scores for one in folds]), 1).reshape(len(COLUMNS), -1).T
-    recalls, ratio = np.array([one.scores[1] for one in folds]).T, split_ratio(folds)
-    recalls = [recall[np.isfinite(recall)] for recall in recalls]  # of the folds with the class, if any
-    ends = [corrected_t_test(recall, ratio)[1:3] if len(recall) else (np.nan, np.nan) for recall in recalls]
-    table[["recall_low", "recall_high"]] = np.clip(ends, 0, 1)
-    return table.to_dict("records")
+    scores, rows = np.array([fold.scores for fold in folds]), []
+    for c, (name, images) in enumerate(zip(study.classes, study.images)):
+        row = {"class": name, "images": images}
+        for score, values in zip(SCORES, scores[..., c].T):
+            row[f"{score}_mean"], row[f"{score}_std"] = moments(values)
+        recall = scores[np.isfinite(scores[:, 1, c]), 1, c]
+        ends = corrected_t_test(recall, split_ratio(folds))[1:3] if len(recall) else (np.nan, np.nan)
+        row["recall_low"], row["recall_high"] = np.clip(ends, 0, 1)
+        rows.append(row)
+    return rows
 
 
 def mean_confusion(folds):
     """float64 [C,C]: confusion matrices with rows summing to 1, mean over Folds with the class (Fig. 4)."""
-    counts = np.array([one.confusion for one in folds], float)
+    counts = np.array([fold.confusion for fold in folds], float)
     images = counts.sum(2, keepdims=True)
     return moments(counts / np.where(images > 0, images, np.nan))[0]
 
@@ -371,20 +341,10 @@ def draw_confusion(matrix, images, classes, title):
     n, names = len(classes), [printable(name) for name in classes]
     label = 0.6 + 0.09 * max(map(len, names))  # inches; a layout engine would double the time
     width, height = label + 0.44 * n + 2.6, label + 0.36 * n + 0.4
-    figure = Figure(figsize=(width, height))
-    cells, bars = figure.subplots(
-        1,
-        2,
-        sharey=True,
-        gridspec_kw={
-            "left": label / width,
-            "right": 1 - 0.2 / width,
-            "bottom": label / height,
-            "top": 1 - 0.4 / height,
-            "width_ratios": (0.44 * n, 2.2),
-            "wspace": 0.4 / (0.22 * n + 1.1),
-        },
-    )
+    figure, bottom, high = Figure(figsize=(width, height)), label / height, 0.36 * n / height
+    cells = figure.add_axes((label / width, bottom, 0.44 * n / width, high))
+    bars = figure.add_axes((1 - 2.3 / width, bottom, 2.1 / width, high), sharey=cells)
+    bars.tick_params(labelleft=False)
     cells.imshow(np.nan_to_num(matrix), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(np.nan_to_num(matrix) >= 0.005)):
         colour = "white" if matrix[i, j] > 0.715 else "black"  # a contrast of at least 4.5 : 1
@@ -392,13 +352,8 @@ def draw_confusion(matrix, images, classes, title):
     cells.set_xticks(range(n), names, rotation=90, parse_math=False)
     cells.set_yticks(range(n), names, parse_math=False)
     cells.set(xlabel="Predicted class", ylabel="True class")
-    figure.suptitle(
-        title,
-        y=1 - 0.2 / height,
-        va="center",
-        parse_math=False,
-        fontsize=min(12, 115 * width / (len(title) + 1)),
-    )
+    size = min(12, 115 * width / (len(title) + 1))
+    figure.suptitle(title, y=1 - 0.2 / height, va="center", parse_math=False, fontsize=size)
     bars.bar_label(bars.barh(range(n), images, color="tab:gray"), fontsize=8, padding=2)
     bars.set(xscale="log", xlabel="Images", xlim=(0.8, 9 * max(images)))
     png = io.BytesIO()
@@ -408,7 +363,7 @@ def draw_confusion(matrix, images, classes, title):
 
 # ---------------------------------------------------------------- significance tests
 def corrected_t_test(differences, ratio):
-    """Mean, ends of its interval, two-sided p, standard error, of the differences [..., k] of k folds.
+    """Mean, ends of its interval, two-sided p, of the differences [..., k] of k folds.
 
     Nadeau and Bengio (2003): variance s² (1/k + ratio), ratio = test images / training images, k - 1 degrees
     of freedom. NaN, apart from the mean, for fewer than two folds or no variance.
@@ -417,7 +372,7 @@ def corrected_t_test(differences, ratio):
     variance = np.var(differences, -1, ddof=1) if k > 1 else np.zeros_like(mean)
     error = np.sqrt(np.where(variance > 1e-20, variance, np.nan) * (1 / k + ratio))  # less is rounding
     half = special.stdtrit(k - 1, 1 - LEVEL / 2) * error
-    return mean, mean - half, mean + half, 2 * special.stdtr(k - 1, -abs(mean) / error), error
+    return mean, mean - half, mean + half, 2 * special.stdtr(k - 1, -abs(mean) / error)
 
 
 def holm(p):
@@ -442,26 +397,23 @@ def best_run(table4):
 
 def split_ratio(folds):
     """Test images / training images of Folds; the paper's where these are unknown."""
-    ratio = sum(one.confusion.sum() for one in folds) / sum(one.train_images for one in folds)
+    ratio = sum(fold.confusion.sum() for fold in folds) / sum(fold.train_images for fold in folds)
     return PAPER_RATIO if np.isnan(ratio) else ratio
 
 
 def comparison_rows(study, table4):
-    """comparisons.csv, DataFrame: macro F1 against the best row and against ImageNet, in the common folds."""
+    """comparisons.csv, DataFrame: macro F1 against the best row and against ImageNet, in the shared folds."""
     rows = []
     for family, run in itertools.product(("best", "imagenet"), study.runs):
-        other = best_run(table4) if family == "best" else (run[0], "imagenet")
-        common = [k for k in study.runs[run] if k in study.runs.get(other, {})]
-        if run != other and common:
-            first, second = ([study.runs[name][k] for k in common] for name in (run, other))
-            test = corrected_t_test(macro_f1(first) - macro_f1(second), split_ratio(first))
-            rows.append((family, *run, *other, len(common), *test[:4], np.nan, test[4]))
+        against = best_run(table4) if family == "best" else (run[0], "imagenet")
+        shared = [k for k in study.runs[run] if k in study.runs.get(against, {})]
+        if run != against and shared:
+            folds, others = ([study.runs[row][k] for k in shared] for row in (run, against))
+            test = corrected_t_test(macro_f1(folds) - macro_f1(others), split_ratio(folds))
+            rows.append((family, *run, *against, len(shared), *test, np.nan))
     table = pd.DataFrame(rows, columns=COMPARISON)
-    for _, part in table.groupby("family"):
-        table.loc[part.index, "p_holm"] = holm(part.p)
-        # at this pair's spread significant whatever the other rows are: the first step of Holm's procedure
-        quantile = special.stdtrit(part.folds - 1, 1 - LEVEL / 2 / max(1, part.p.count()))
-        table.loc[part.index, "smallest_difference"] *= quantile
+    for _, rows in table.groupby("family"):
+        table.loc[rows.index, "p_holm"] = holm(rows.p)
     return table
 
 
@@ -482,15 +434,11 @@ def statements(study, comparisons):
     tested = comparisons.dropna(subset="p")
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
-        needed = best.smallest_difference
-        lines += [
+        lines.append(
             "* best F1 of the rows with the most folds; = not significantly different from the best; > "
             "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
-            f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL}).",
-            "Significant whatever the other rows are would be a difference from the best of "
-            f"{needed.min():.3f} to {needed.max():.3f}, by the row's spread (median "
-            f"{needed.median():.3f}); smaller ones may be.",
-        ]
+            f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL})."
+        )
     if len(imagenet):
         different = [
             f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
@@ -536,12 +484,12 @@ def aligned(header, rows):
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
-def text_rows(rows, theirs={}):
-    """Rows as dicts of text, names in full; theirs: rows by (model, init) or class, printed below ours."""
+def text_rows(rows, published=()):
+    """Rows as dicts of text, names in full; published: rows by (model, init) or class, printed below ours."""
     names = MODELS | INITS | {key: f"{name} ({key})" for key, name in CLASSES.items()}
-    table = []
+    published, table = dict(published), []
     for row in rows:
-        cells, paper = {}, theirs.get(row.get("class", (row.get("model"), row.get("init"))), {})
+        cells, paper = {}, published.get(row.get("class", (row.get("model"), row.get("init"))), {})
         for key, value in row.items():
             name, std = key.removesuffix("_mean"), f"{key.removesuffix('mean')}std"
             if key.endswith("std") and f"{key[:-3]}mean" in row:
@@ -571,19 +519,21 @@ def read_table4(file):
         return table.set_index(["model", "init"]).to_dict("index")
 
 
-def compare_text(table4, theirs):
-    """Our means, theirs (of read_table4) and the differences, as aligned text; none from a quoted row."""
+def compare_text(table4, published):
+    """Our means, those of read_table4 and the differences, as aligned text; none from a quoted row."""
     ours, rows = {(row["model"], row["init"]): row for row in table4}, []
-    for run in run_order({*ours, *theirs}):
-        a, b = ours.get(run, {}), theirs.get(run, {})
-        quoted = run[0] == "resnext50_32x4d" and b and "folds" not in b  # folds: of our own table4.csv
-        rows.append(paper_names(*run))
+    for run in run_order({*ours, *published}):
+        row, other, cells = ours.get(run, {}), published.get(run, {}), paper_names(*run)
+        quoted = run[0] == "resnext50_32x4d" and other and "folds" not in other  # folds: of our own files
         for key in COLUMNS[::2]:
-            mean, other = a.get(key, np.nan), b.get(key, np.nan)
-            difference = "" if np.isnan(mean - other) else f"{mean - other:+.3f}"
-            rows[-1] += [mean_std(mean), mean_std(other), "quoted" if quoted else difference]
-    header = [cell for score in SCORES for cell in (score, "theirs", "diff.")]
-    text = aligned(["model", "init", *header], rows)
+            mean, other_mean = row.get(key, np.nan), other.get(key, np.nan)
+            difference = "" if np.isnan(mean - other_mean) else f"{mean - other_mean:+.3f}"
+            cells += [mean_std(mean), mean_std(other_mean), "quoted" if quoted else difference]
+        rows.append(cells)
+    header = ["model", "init"]
+    for score in SCORES:
+        header += [score, "theirs", "diff."]
+    text = aligned(header, rows)
     note = "\nquoted: from Matek et al. (2021), who trained and averaged differently; no difference.\n"
     return text + note * ("quoted" in text)
 
@@ -620,7 +570,7 @@ def main():
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        theirs = read_table4(args.compare) if args.compare else None
+        published = read_table4(args.compare) if args.compare else None
         study = read_study(args.runs)
     except ValueError as error:
         raise SystemExit(str(error)) from None
@@ -630,8 +580,8 @@ def main():
         raise SystemExit(f"{args.runs}: no finished run in train/<model>/<init>/fold<k>/predictions.csv")
     table4, text = write_tables(study, args.runs / "results")
     print(text)
-    if theirs:
-        print(compare_text(table4, theirs))
+    if published:
+        print(compare_text(table4, published))
     sys.exit(1 if study.problems else 0)
 
 

@@ -11,6 +11,7 @@ import argparse
 import pathlib
 import re
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def heatmaps(net, images, classes):
 
 
 def overlay(picture, heat):
-    """Heat [h,w] in 0..1 as colours over a paled picture uint8 [H,W,3]: uint8 [H,W,3]."""
+    """A heatmap [h,w] in 0..1 as colours over a paled picture uint8 [H,W,3]: uint8 [H,W,3]."""
     heat = datasets.resize(np.repeat(np.uint8(255 * heat)[..., None], 3, 2), *picture.shape[:2])[..., 0]
     return np.uint8(0.55 * picture + 0.45 * 255 * colormaps["jet"](heat)[..., :3])
 
@@ -128,24 +129,24 @@ def choose(cells, count):
     return cells if len(cells) <= count else cells[: (count + 1) // 2] + cells[len(cells) - count // 2 :]
 
 
-def add_heat(cells, classes, data, device):
-    """Add to each cell its picture, its grid's side and heat {class: map} for prediction and label."""
+def add_heatmaps(cells, classes, data, device):
+    """Add to each cell its picture, its grid's side and heatmaps {class: map} for prediction and label."""
     place = {path: i for i, path in enumerate(data.paths)}
     for fold in tqdm(sorted({cell["fold"] for cell in cells}), "heatmaps", unit="fold", disable=None):
         net, info = models.load_checkpoint(fold / "best.pt")
-        of_fold = [cell for cell in cells if cell["fold"] == fold]
-        jobs = [(cell, cell["prediction"]) for cell in of_fold]
-        jobs += [(cell, cell["label"]) for cell in of_fold if cell["label"] != cell["prediction"]]
-        for some in (jobs[i : i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)):
+        jobs = [(cell, cell["prediction"]) for cell in cells if cell["fold"] == fold]
+        jobs += [(cell, cell["label"]) for cell, label in jobs if cell["label"] != label]
+        for start in range(0, len(jobs), BATCH_SIZE):
+            batch = jobs[start : start + BATCH_SIZE]
             try:
-                read = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in some]
+                images = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in batch]
             except (KeyError, ValueError) as error:
                 raise SystemExit(f"{data.root}: no test image {error}; see --data") from None
-            batch = batch_for(info, read, device)
-            maps = heatmaps(net.to(device), batch, [classes.index(label) for _, label in some])
-            side = layer_for(net, batch)[1]
-            for (cell, label), (_, picture), heat in zip(some, read, maps):
-                cell.setdefault("heat", {})[label] = heat
+            inputs = batch_for(info, images, device)
+            maps = heatmaps(net.to(device), inputs, [classes.index(label) for _, label in batch])
+            side = layer_for(net, inputs)[1]
+            for (cell, label), (_, picture), heatmap in zip(batch, images, maps):
+                cell.setdefault("heatmaps", {})[label] = heatmap
                 cell.update(picture=picture, side=side)
 
 
@@ -167,10 +168,10 @@ def draw_figure(file, title, classes, right, wrong):
             name = pathlib.PurePath(cell["path"]).name[-30:].encode("ascii", "replace").decode()
             first.imshow(cell["picture"])
             first.set_title(f"{name}\n{cell['fold'].name}, true class: {cell['label']}", fontsize=8)
-            for axis, (label, heat) in zip(others, cell["heat"].items()):
+            for axis, (label, heatmap) in zip(others, cell["heatmaps"].items()):
                 kind = "predicted" if label == cell["prediction"] else "true"
-                empty = "" if heat.any() else "\n(the map is empty)"
-                axis.imshow(overlay(cell["picture"], heat))
+                empty = "" if heatmap.any() else "\n(the map is empty)"
+                axis.imshow(overlay(cell["picture"], heatmap))
                 axis.set_title(f"{kind}: {label}, {cell['p'][classes.index(label)]:.1%}{empty}", fontsize=8)
     with datasets.open_atomic(file) as handle:
         figure.savefig(handle, format="png")
@@ -182,8 +183,8 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
     chosen = {cell["path"]: cell["label"] for cell in cells if cell["path"] in paths}
     unknown = [*set(labels).difference(classes), *set(paths).difference(chosen)]
     if unknown:
-        known = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
-        raise SystemExit(f"{unknown[0]}: {known}")
+        reason = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
+        raise SystemExit(f"{unknown[0]}: {reason}")
     labels = labels or sorted(set(chosen.values())) or [c for c in FIGURES if c in classes] or classes[:2]
     data = data or datasets.read_json(cells[0]["fold"] / "config.json")["root"]
     figures, shown = {label: [] for label in labels}, []
@@ -191,18 +192,18 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
         of_class = [cell for cell in cells if cell["label"] == label]
         for right, name in ((True, "Correctly classified"), (False, "Misclassified")):
             group = [cell for cell in of_class if (cell["prediction"] == label) == right]
-            some = [cell for cell in group if cell["path"] in chosen] if paths else choose(group, count)
-            kind = "chosen" if paths else "most and least confident" if len(some) < len(group) else "all"
-            counts = f"{len(group)} of {len(of_class)} test cells\n{len(some)} shown ({kind})"
-            halves.append((f"{name}: {counts}", some))
-            shown += some
-    add_heat(shown, classes, datasets.open_dataset(data), device)
-    for label, halves in figures.items():
-        if not any(some for _, some in halves):
+            drawn = [cell for cell in group if cell["path"] in chosen] if paths else choose(group, count)
+            kind = "chosen" if paths else "most and least confident" if len(drawn) < len(group) else "all"
+            counts = f"{len(group)} of {len(of_class)} test cells\n{len(drawn)} shown ({kind})"
+            halves.append((f"{name}: {counts}", drawn))
+            shown += drawn
+    add_heatmaps(shown, classes, datasets.open_dataset(data), device)
+    for label, (right, wrong) in figures.items():
+        if not right[1] + wrong[1]:
             print(f"{label}: no test cell in the finished folds, no figure")
             continue
         file = runs / "results" / f"gradcam_{model}_{init}_{label}.png"
-        draw_figure(file, f"{label}   ({model}, {init})", classes, *halves)
+        draw_figure(file, f"{label}   ({model}, {init})", classes, right, wrong)
         print(file)
 
 
@@ -216,7 +217,8 @@ def find_device(parser, name):
 
 
 def main():
-    datasets.end_in_a_line()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="default: that of Table 4's best row")
     parser.add_argument("--init")
@@ -227,6 +229,7 @@ def main():
     parser.add_argument("--data", help="default: where the run found it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     device = find_device(parser, args.device)
     if args.count < 1:
         parser.error(f"--count {args.count}: at least 1")

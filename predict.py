@@ -1,7 +1,6 @@
-"""Predictions and heatmaps for new images, and a study's own tables under another prior.
+"""Predictions and heatmaps for new images.
 
     python predict.py --checkpoint runs/train/vit_l_32/cd/fold*/best.pt --images FOLDER --out FOLDER
-    python predict.py --model vit_l_32 --init cd --prior train    # Tables 4 and 5 as trained and corrected
 
 An image shows one cell, cut out as the training images were. Several networks are averaged. --out gets
 predictions.csv, heatmaps/, left_out.csv (images not read or not scored), differential.csv (counts in each
@@ -16,10 +15,10 @@ import csv
 import functools
 import hashlib
 import itertools
-import operator
 import os
 import pathlib
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -67,31 +66,14 @@ def correct(p, ratio):
     return p / p.sum(1, keepdims=True)
 
 
-def make_study(model, classes, folds, prior):
-    """evaluate's Study of folds [(labels int [N], p [N,C], ratio [C]), ...]: as trained and for the prior."""
+def make_study(model, classes, labels, p, ratio, prior):
+    """evaluate's Study of labels int [N] and p [N,C]: rows as trained and, if another, for the prior."""
     runs = {}
-    for name in dict.fromkeys(("uniform", prior)):
-        run = runs[model, f"prior_{pathlib.Path(name).stem}"] = {}
-        for k, (labels, p, ratio) in enumerate(folds):
-            predictions = (p if name == "uniform" else correct(p, ratio)).argmax(1)
-            confusion = evaluate.count_confusion(labels, predictions, len(classes))
-            run[k] = evaluate.Fold(confusion, evaluate.confusion_scores(confusion), np.nan)
-    images = np.sum([fold.confusion for fold in run.values()], (0, 2))
-    return evaluate.Study(classes, images, runs, [], [])
-
-
-def print_prior(folder, prior):
-    """Print Tables 4 and 5 of a run's finished folds as trained and for another prior."""
-    classes, cells = gradcam.read_run(folder)
-    folds = []
-    for fold, tested in itertools.groupby(cells, operator.itemgetter("fold")):
-        labels, p = zip(*((classes.index(cell["label"]), cell["p"]) for cell in tested))
-        counts = models.read_checkpoint(fold / "best.pt")["train_counts"]
-        folds.append((np.array(labels), np.array(p), prior_ratio(prior, classes, counts)))
-    study = make_study(folder.parent.name, classes, folds, prior)
-    for run in study.runs:
-        print(f"{run[1]}\n{evaluate.table_text(evaluate.table5_rows(study, *run))}")
-    print(evaluate.table_text(evaluate.table4_rows(study)))
+    for name, probabilities in {"uniform": p, prior: correct(p, ratio)}.items():
+        confusion = evaluate.count_confusion(labels, probabilities.argmax(1), len(classes))
+        fold = evaluate.Fold(confusion, evaluate.confusion_scores(confusion), np.nan)
+        runs[model, f"prior_{pathlib.Path(name).stem}"] = {0: fold}
+    return evaluate.Study(classes, confusion.sum(1), runs, [], [])
 
 
 # ---------------------------------------------------------------- new images
@@ -132,19 +114,23 @@ def trained_on(checkpoints, infos, cells, digests):
                 names.add(path)
             elif (root / path).stat().st_size in sizes:
                 contents.add(hashlib.sha1((root / path).read_bytes()).digest())
-    ends = [{path.split("/", i)[-1] for i in range(path.count("/"))} for path in cells.paths]
-    found = zip(cells.paths, digests, ends)
-    return {path for path, digest, end in found if digest in contents or end & names}
+    seen = set()
+    for path, digest in zip(cells.paths, digests):
+        ends = {path.split("/", i)[-1] for i in range(path.count("/"))}
+        if digest in contents or ends & names:
+            seen.add(path)
+    return seen
 
 
 def folder_labels(paths, names):
     """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that."""
-    found, names = [], names | {None: ""}
+    labels = []
     for path in paths:
-        folders = [*path.split("/")[:-1], None]  # None: no folder is known
-        at = next(i for i, folder in enumerate(folders) if folder in names)
-        found.append((names[folders[at]], "/".join(folders[:at]) or "."))
-    return found
+        folders = path.split("/")[:-1]
+        level = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
+        label = names[folders[level]] if level < len(folders) else ""
+        labels.append((label, "/".join(folders[:level]) or "."))
+    return labels
 
 
 def heatmap_file(folder, path):
@@ -160,25 +146,25 @@ def predict_images(nets, infos, cells, ratio, device, maps):
 
     Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
     """
-    read_cell, out = functools.partial(gradcam.read_cell, cells, infos[0]["image_size"]), []
+    read_cell, means = functools.partial(gradcam.read_cell, cells, infos[0]["image_size"]), []
     starts = range(0, len(cells), gradcam.BATCH_SIZE)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for start in tqdm(starts, "predicting", unit="batch", disable=None):
             paths = cells.paths[start : start + gradcam.BATCH_SIZE]
-            read = list(pool.map(read_cell, range(start, start + len(paths))))
-            batches = [gradcam.batch_for(info, read, device) for info in infos]
+            images = list(pool.map(read_cell, range(start, start + len(paths))))
+            batches = [gradcam.batch_for(info, images, device) for info in infos]
             with torch.inference_mode():
-                each = [net(batch).double().softmax(1).cpu().numpy() for net, batch in zip(nets, batches)]
-            out.append(np.mean(each, 0))
+                p = [net(batch).double().softmax(1).cpu().numpy() for net, batch in zip(nets, batches)]
+            means.append(np.mean(p, 0))
             if maps is None:
                 continue
-            labels = correct(out[-1], ratio).argmax(1)
-            heats = np.mean([gradcam.heatmaps(*both, labels) for both in zip(nets, batches)], 0)
-            for path, (_, picture), heat in zip(paths, read, heats):
-                both = np.hstack([picture, gradcam.overlay(picture, heat)])
+            labels = correct(means[-1], ratio).argmax(1)
+            heat = np.mean([gradcam.heatmaps(*both, labels) for both in zip(nets, batches)], 0)
+            for path, (_, picture), heatmap in zip(paths, images, heat):
+                both = np.hstack([picture, gradcam.overlay(picture, heatmap)])
                 with datasets.open_atomic(heatmap_file(maps, path)) as handle:
                     image.imsave(handle, both, format="png", pil_kwargs={"compress_level": 1})
-    return np.concatenate(out)
+    return np.concatenate(means)
 
 
 def differential(smears, predicted, classes):
@@ -193,35 +179,43 @@ def differential(smears, predicted, classes):
     return rows
 
 
-def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
-    """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
-    folder, paths, unread = find_images(images, out)
+def load_networks(checkpoints):
+    """Networks and their infos (dicts) of checkpoints that can be averaged; SystemExit if they can't."""
     nets, infos = zip(*(models.load_checkpoint(file) for file in tqdm(checkpoints, "networks", disable=None)))
-    classes = infos[0]["classes"]
     if len({(*info["classes"], info["image_size"]) for info in infos}) > 1:
         raise SystemExit(f"{', '.join(checkpoints)}: of different classes or image sizes, can't be averaged")
-    ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for info in infos], 0))
-    names = dict(zip(classes, classes)) | (read_pairs(mapping) if mapping else {})
-    strange = set(names.values()) - {*classes, ""}
-    if strange:
-        raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
-    cells = datasets.Cells(folder, folder.name, classes, paths, np.zeros(len(paths)))
+    return nets, infos
+
+
+def read_cells(folder, paths, unread):
+    """Cells of the images that can be read, their SHA-1 digests, rows (path, why) of the others."""
+    cells = datasets.Cells(folder, folder.name, [], paths, np.zeros(len(paths)))
     whys, digests, _, _, notes = zip(*datasets.inspect_all(cells))
     for note, number in collections.Counter(itertools.chain(*notes)).items():
         print(f"{number} images {note}")
     left_out = [(path, "a type of picture that is not read") for path in unread]
     left_out += [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
     if all(whys):
-        raise SystemExit(f"{images}: none of {len(paths)} images can be read, e.g. {': '.join(left_out[-1])}")
-    cells = cells.subset([not why for why in whys])
-    out.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(f"{folder}: none of {len(paths)} images can be read, e.g. {': '.join(left_out[-1])}")
+    return cells.subset([not why for why in whys]), list(filter(None, digests)), left_out
+
+
+def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
+    """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
+    in_folder = find_images(images, out)
+    nets, infos = load_networks(checkpoints)
+    classes = infos[0]["classes"]
+    ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for info in infos], 0))
+    names = dict(zip(classes, classes)) | (read_pairs(mapping) if mapping else {})
+    strange = set(names.values()) - {*classes, ""}
+    if strange:
+        raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
+    cells, digests, left_out = read_cells(*in_folder)
     nets = [net.to(device) for net in nets]
     p = predict_images(nets, infos, cells, ratio, device, out / "heatmaps" if maps else None)
-    seen = trained_on(checkpoints, infos, cells, filter(None, digests))
+    seen = trained_on(checkpoints, infos, cells, digests)
     left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
-    for path, why in left_out[:10]:
-        print(f"{path}: {why}")
     final = correct(p, ratio)
     predicted = [classes[i] for i in final.argmax(1)]
     rows = [["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]]
@@ -230,49 +224,44 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     evaluate.write_csv(out / "predictions.csv", rows)
     labels, smears = zip(*folder_labels(cells.paths, names))
     evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
+    for path, why in left_out[:10]:
+        print(f"{path}: {why}")
     scored = [i for i, label in enumerate(labels) if label and cells.paths[i] not in seen]
     if scored:
         truth = np.array([classes.index(labels[i]) for i in scored])
-        study = make_study(infos[0]["model"], classes, [(truth, p[scored], ratio)], prior)
+        study = make_study(infos[0]["model"], classes, truth, p[scored], ratio, prior)
         print(evaluate.table_text(evaluate.table4_rows(study)))
         evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
+    elif any(labels):
+        print("no scores: a checkpoint was trained on all images of known class")
     else:
-        named = any(labels)
-        print(
-            "no scores: a checkpoint was trained on all images of known class"
-            if named
-            else f"no scores: no folder is named as a class ({', '.join(classes)}; see --map)"
-        )
+        print(f"no scores: no folder is named as a class ({', '.join(classes)}; see --map)")
     counts = collections.Counter(predicted).most_common()
     print(f"predicted: {', '.join(f'{number} {label}' for label, number in counts)}")
     print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} lines in left_out.csv")
 
 
 def main():
-    datasets.end_in_a_line()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", help="best.pt of one or more networks, which are averaged")
     parser.add_argument("--images", type=pathlib.Path, help="folder of new images, or one image")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     parser.add_argument("--map", help="CSV: name of an images' folder, class of ours")
-    parser.add_argument("--prior", help="uniform (as trained), train (frequencies there) or a CSV")
+    parser.add_argument("--prior", default="uniform", help="that (as trained), train (as there) or a CSV")
     parser.add_argument("--no-heatmaps", action="store_true")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--model", help="a study's own run, with --init and --prior")
-    parser.add_argument("--init")
-    parser.add_argument("--runs", default="runs", type=pathlib.Path)
     args = parser.parse_args()
-    device, prior = gradcam.find_device(parser, args.device), args.prior or "uniform"
+    sys.stdout.reconfigure(errors="backslashreplace")
+    device = gradcam.find_device(parser, args.device)
+    if not (args.checkpoint and args.images and args.out):
+        parser.error("give --checkpoint, --images and --out")
     try:
-        if args.checkpoint and args.images and args.out and not args.model:
-            options = args.map, prior, device, not args.no_heatmaps
-            predict_folder(args.checkpoint, args.images, args.out, *options)
-        elif args.model and args.init and args.prior and not args.checkpoint:
-            print_prior(args.runs / "train" / args.model / args.init, prior)
-        else:
-            parser.error("give --checkpoint, --images and --out; or --model, --init and --prior")
+        options = args.map, args.prior, device, not args.no_heatmaps
+        predict_folder(args.checkpoint, args.images, args.out, *options)
     except OSError as error:
-        place = error.filename or args.out or args.runs
+        place = error.filename or args.out
         raise SystemExit(f"{place}: {error.strerror or error}; check it, or name another") from None
 
 

@@ -2,7 +2,6 @@
 
     python report.py                                   writes runs/results/index.html, of Table 4's best row
     python report.py --model vit_l_32 --init imagenet  the same, of another row
-    python report.py --doubt vit_l_32/cd resnet152/cd  doubtful labels by the mean of several rows
 
 The page, report.html filled in, is one file that needs no network; it says what it lacks. Beside it:
 label_issues.csv (doubtful labels), scores_, reliability_, coverage_ and clinic_<model>_<init>.csv.
@@ -30,28 +29,17 @@ import evaluate
 
 HERE = pathlib.Path(__file__).parent
 BINS = 15  # of equal width, in the reliability diagram (Guo et al. 2017)
-MEANING = {
-    "*": "the best",
-    "": "significantly worse",
-    ">": "significantly better",
-    "=": "not significantly different",
-    "?": "not testable yet",
-}  # of evaluate.marks
+MEANING = {"*": "the best", "": "significantly worse", ">": "significantly better"}  # of evaluate.marks
+MEANING |= {"=": "not significantly different", "?": "not testable yet"}
 ENOUGH = 50  # images that a class needs for its labels, or suggestions of it, to be flagged
 HANDED_OVER = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the images that go to a human
 CLINIC = ("BLA", "FGC", "HAC", "PEB")  # blasts, faggot cells, hairy cells, proerythroblasts: not to be missed
 SPECIFICITIES = (0.99, 0.999)
 PLAIN = ("as trained", "prior-corrected")  # each also with a temperature: "as trained, temperature"
 SCORES = (
-    "macro precision",
-    "macro recall (balanced accuracy)",
-    "macro F1",
-    "macro F1 of the common classes",
-    "weighted precision",
-    "accuracy (weighted recall)",
-    "weighted F1",
-    "top-2 accuracy",
-)
+    "macro precision, macro recall (balanced accuracy), macro F1, macro F1 of the common classes, "
+    "weighted precision, accuracy (weighted recall), weighted F1, top-2 accuracy"
+).split(", ")
 TINY = np.finfo(np.float32).tiny  # probabilities come from float32: a zero was something below this
 GALLERY, UNFOLDED = 200, 24  # doubtful labels on the page; how many of them before the rest folds away
 SAME_CELL = 40 / 250  # of an image's side: displaced by less, two crops of a slide show the same cell
@@ -99,26 +87,6 @@ def sensitivity_at(scores, positive, specificity):
     return evaluate.moments(scores[positive] > threshold)[0], threshold
 
 
-def tolerant_scores(confusion, accepted):
-    """Precision and recall [2,C] that forgive where accepted [label, prediction] (Matek et al. 2021)."""
-    right = confusion * (accepted | np.eye(len(confusion), dtype=bool))
-    totals = np.stack([confusion.sum(0), confusion.sum(1)])
-    scores = np.stack([right.sum(0), right.sum(1)]) / np.maximum(totals, 1)
-    return np.where(totals[1] > 0, scores, np.nan)
-
-
-def read_pairs(file, classes):
-    """bool [C,C] of a CSV label,accepted (or None): predictions (columns) forgiven for a label (rows)."""
-    if file is None:
-        return np.zeros((len(classes), len(classes)), bool)
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-        counts = pd.crosstab(table["label"], table["accepted"])
-        return counts.reindex(index=classes, columns=classes).to_numpy() > 0
-    except (OSError, KeyError, ValueError):
-        raise SystemExit(f"{file}: no CSV with columns label,accepted; name another with --pairs") from None
-
-
 # ---------------------------------------------------------------- which labels
 def confident_joint(labels, probabilities):
     """Confident learning on one fold: the class [N] that each image counts to, and whether off the diagonal.
@@ -142,56 +110,42 @@ def doubtful(labels, probabilities, enough):
     """
     rows, others = np.arange(len(labels)), np.where(np.eye(len(enough))[labels], -1, probabilities)
     suggested = others.argmax(1)
-    own, other = (np.maximum(probabilities[rows, columns], TINY) for columns in (labels, suggested))
-    score = np.log10(other / own)
-    counted, wrong = confident_joint(labels, probabilities)
-    number = (wrong & enough[labels] & enough[counted]).sum()
+    score = log_ratio(probabilities[rows, suggested], probabilities[rows, labels])
+    counted, off_diagonal = confident_joint(labels, probabilities)
+    number = (off_diagonal & enough[labels] & enough[counted]).sum()
     candidates = np.flatnonzero((score > 0) & enough[labels] & enough[suggested])
     flagged = np.zeros(len(labels), bool)
     flagged[candidates[np.argsort(-score[candidates], kind="stable")[:number]]] = True
     return suggested, score, flagged
 
 
-def label_issues(study, tested, contradicted={}):
+def log_ratio(suggestion, label):
+    """Score of a doubtful label: log10 of the ratio of two probabilities [N]."""
+    return np.log10(np.maximum(suggestion, TINY) / np.maximum(label, TINY))
+
+
+def label_issues(study, run, tested, contradicted=()):
     """DataFrame of label_issues.csv, most doubtful first: images with a more probable class than the label.
 
-    By the mean prior-corrected probabilities of tested {(model, init): {fold: Predictions}}, on common folds.
-    contradicted {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
+    By the prior-corrected probabilities of a run's tested {fold: Predictions}. Contradicted
+    {path: (label of the same cell elsewhere, why it is the same)} are flagged and come first.
     """
     classes, enough, tables = pd.Index(study.classes), study.images >= ENOUGH, []
-    known = pd.DataFrame.from_dict(contradicted, "index", columns=["suggested", "kind"]).assign(flagged="yes")
-    for fold in sorted(set.intersection(*map(set, tested.values()))):
-        each = []
-        for run, folds in tested.items():
-            p = posterior(folds[fold].probabilities, frequencies(study, run, fold))
-            each.append(pd.DataFrame(p, [folds[fold].paths, folds[fold].labels]).sort_index())
-        mean = sum(each) / len(each)  # of the same image; NaN where a row lacks it
-        if mean.isna().any(axis=None):
-            raise SystemExit(f"fold {fold}: --doubt names rows that tested different images")
-        p, paths, labels = mean.to_numpy(), *(mean.index.get_level_values(i) for i in (0, 1))
+    elsewhere = pd.DataFrame.from_dict(dict(contradicted), "index", columns=["suggested", "kind"])
+    for fold, predictions in tested.items():
+        labels, rows = predictions.labels, np.arange(len(predictions.labels))
+        p = posterior(predictions.probabilities, frequencies(study, run, fold))
         suggested, _, flagged = doubtful(labels, p, enough)
-        flagged = np.where(flagged, "yes", np.where(enough[labels] & enough[suggested], "no", "rare class"))
-        rows = np.arange(len(p))
-        table = pd.DataFrame(
-            {
-                "label": classes[labels],
-                "suggested": classes[suggested],
-                "score": np.nan,
-                "flagged": flagged,
-                "fold": fold,
-                "p_label": p[rows, labels],
-                "p_suggested": np.nan,
-                "kind": "prediction",
-            },
-            paths,
-        )
-        table.update(known)
+        not_flagged = np.where(enough[labels] & enough[suggested], "no", "rare class")
+        columns = {"label": classes[labels], "suggested": classes[suggested], "score": np.nan}
+        columns |= {"flagged": np.where(flagged, "yes", not_flagged), "fold": fold}
+        columns |= {"p_label": p[rows, labels], "p_suggested": np.nan, "kind": "prediction"}
+        table = pd.DataFrame(columns, predictions.paths)
+        table.update(elsewhere.assign(flagged="yes"))
         table["p_suggested"] = p[rows, classes.get_indexer(table.suggested)]
         tables.append(table.rename_axis("path").reset_index())
-    if not tables:
-        raise SystemExit("--doubt names rows that have no finished fold in common")
     table = pd.concat(tables)
-    table["score"] = np.log10(table.p_suggested.clip(lower=TINY) / table.p_label.clip(lower=TINY))
+    table["score"] = log_ratio(table.p_suggested, table.p_label)
     table = table[(table.score > 0) | (table.kind != "prediction")]
     return table.iloc[np.lexsort((-table.score, table.kind == "prediction"))].drop_duplicates("path")
 
@@ -205,12 +159,10 @@ def frequencies(study, run, fold):
 
 def read_folds(study, run, tested):
     """([Fold] of one row of Table 4, why validation is missing or None)."""
-    folds, missing = [], None
+    folds, missing, validated = [], None, {}
     try:
-        validated = {
-            k: evaluate.read_predictions(fold.file.with_name("val_predictions.csv"))
-            for k, fold in study.runs[run].items()
-        }
+        for k, fold in study.runs[run].items():
+            validated[k] = evaluate.read_predictions(fold.file.with_name("val_predictions.csv"))
     except ValueError as error:
         missing, validated = str(error), {}
     for k, test in tested.items():
@@ -230,11 +182,11 @@ def score_rows(folds, images):
     rows = []
     for variant, fold in itertools.product(PLAIN, folds):
         p, share = fold.probabilities[variant], np.bincount(fold.labels, minlength=len(images))
-        each = np.array(evaluate.per_class_scores(fold.labels, p.argmax(1), len(images)))
-        common = evaluate.moments(each[2][images >= evaluate.COMMON])[0]
-        weighted = np.nansum(each * (share / share.sum()), axis=1)
+        scores = evaluate.per_class_scores(fold.labels, p.argmax(1), len(images))
+        common = evaluate.moments(scores[2][images >= evaluate.COMMON])[0]
+        weighted = np.nansum(scores * (share / share.sum()), axis=1)
         top2 = (np.argsort(-p, axis=1)[:, :2] == fold.labels[:, None]).any(1).mean()
-        values = *evaluate.moments(each.T)[0], common, *weighted, top2
+        values = *evaluate.moments(scores.T)[0], common, *weighted, top2
         rows += [{"score": name, "variant": variant, "value": value} for name, value in zip(SCORES, values)]
     groups = pd.DataFrame(rows).groupby(["score", "variant"], sort=False).value
     return groups.agg(["mean", "std"]).reset_index().to_dict("records")
@@ -257,42 +209,39 @@ def coverage_rows(folds, classes):
     for variant, share in itertools.product(PLAIN, HANDED_OVER):
         parts = []
         for fold in folds:  # hand over the share of the validation images that is least sure
-            sure, p = np.sort(fold.val_probabilities[variant].max(1)), fold.probabilities[variant]
-            kept = p.max(1) >= (sure[int(share * len(sure))] if share else 0)
-            parts.append((fold.labels, p.argmax(1), kept))
+            confidence = np.sort(fold.val_probabilities[variant].max(1))
+            threshold = confidence[int(share * len(confidence))] if share else 0
+            p = fold.probabilities[variant]
+            parts.append((fold.labels, p.argmax(1), p.max(1) >= threshold))
         labels, predictions, kept = map(np.concatenate, zip(*parts))
         recall = evaluate.per_class_scores(labels[kept], predictions[kept], classes)[1]
-        rows.append(
-            {
-                "variant": variant,
-                "planned": share,
-                "handed_over": 1 - kept.mean(),
-                "accuracy": evaluate.moments((labels == predictions)[kept])[0],
-                "macro_recall": evaluate.moments(recall)[0],
-                "classes_left": (~np.isnan(recall)).sum(),
-            }
-        )
+        row = {"variant": variant, "planned": share, "handed_over": 1 - kept.mean()}
+        row["accuracy"] = evaluate.moments((labels == predictions)[kept])[0]
+        row["macro_recall"] = evaluate.moments(recall)[0]
+        rows.append(row | {"classes_left": np.isfinite(recall).sum()})
     return rows
 
 
 def clinic_rows(folds, classes):
     """Rows class, variant, scores against the rest over the folds; val_: with validation's threshold."""
     rows = []
-    for name, variant in itertools.product([name for name in CLINIC if name in classes], PLAIN):
-        c, found = classes.index(name), []
+    for name, variant in itertools.product(CLINIC, PLAIN):
+        if name not in classes:
+            continue
+        c, scores = classes.index(name), []
         for fold in folds:
-            scores, positive = fold.probabilities[variant][:, c], fold.labels == c
-            found.append({"pr_auc": average_precision_score(positive, scores) if positive.any() else np.nan})
+            p, positive = fold.probabilities[variant][:, c], fold.labels == c
+            scores.append({"pr_auc": average_precision_score(positive, p) if positive.any() else np.nan})
             for wanted in SPECIFICITIES:
-                found[-1][f"sensitivity_{wanted}"] = sensitivity_at(scores, positive, wanted)[0]
+                scores[-1][f"sensitivity_{wanted}"] = sensitivity_at(p, positive, wanted)[0]
                 if fold.val_labels is not None:
-                    sure = fold.val_probabilities[variant][:, c]
-                    above = scores > sensitivity_at(sure, fold.val_labels == c, wanted)[1]
-                    found[-1][f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
-                    found[-1][f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
+                    val_p = fold.val_probabilities[variant][:, c]
+                    above = p > sensitivity_at(val_p, fold.val_labels == c, wanted)[1]
+                    scores[-1][f"val_sensitivity_{wanted}"] = evaluate.moments(above[positive])[0]
+                    scores[-1][f"val_specificity_{wanted}"] = evaluate.moments(~above[~positive])[0]
         images = sum((fold.labels == c).sum() for fold in folds)
         rows.append({"class": name, "variant": variant, "images": images})
-        for key, values in pd.DataFrame(found).items():
+        for key, values in pd.DataFrame(scores).items():
             rows[-1] |= {f"{key}_mean": values.mean(), f"{key}_std": values.std()}
     return rows
 
@@ -303,25 +252,26 @@ def inline(picture, kind="png"):
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def plot(table, by, x, y, marks={}, **settings):
+def plot(table, by, x, y, marks=(), **settings):
     """The src of an <img>: y against x, a line for each value of `by`, vertical ones at marks {label: x}."""
     figure, png = Figure(figsize=(4.6, 3.4)), io.BytesIO()
     axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))  # a layout engine would double the time
     styles = itertools.cycle(("o-", "s--", "^-.", "v:"))
     for label, group in pd.DataFrame(table).groupby(by or (lambda row: y), sort=False):
         axes.plot(group[x], group[y], next(styles), label=label, markersize=3.5)
-    for label, where in marks.items():
+    for label, where in dict(marks).items():
         axes.axvline(where, color="k", linestyle="-" if label.startswith("chosen") else ":", label=label)
     if x == "confidence":
         axes.axline((0, 0), slope=1, color="k", linestyle=":")
     axes.set(**{"xlabel": x.replace("_", " "), "ylabel": y.replace("_", " ")} | settings)
-    axes.xaxis.get_major_locator().set_params(**{"integer": True} if x == "epoch" else {})
+    if x == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     figure.savefig(png, dpi=120)
     return inline(png.getvalue())
 
 
-def small_jpeg(side, file, folders=[""]):
+def small_jpeg(side, file, folders=("",)):
     """The src of an <img>, at most side pixels high: the file from the first folder where it can be read."""
     for folder in folders:
         try:
@@ -358,9 +308,12 @@ def progress(runs):
 
 def failures(runs):
     """[(log, its last line)] of the jobs of run_all.sh that failed and have not succeeded since."""
-    logs = sorted(file.with_suffix(".log") for file in runs.glob("logs/*.failed"))
-    texts = [log.read_text(errors="replace") if log.exists() else "it left no log" for log in logs]
-    return [(log, text.rstrip().split("\n")[-1][:300]) for log, text in zip(logs, texts)]
+    rows = []
+    for failed in sorted(runs.glob("logs/*.failed")):
+        log = failed.with_suffix(".log")
+        text = log.read_text(errors="replace") if log.exists() else "it left no log"
+        rows.append((log, text.rstrip().split("\n")[-1][:300]))
+    return rows
 
 
 # ---------------------------------------------------------------- what the page shows
@@ -372,22 +325,19 @@ def add_intervals(study, table4):
         row["f1_low"], row["f1_high"] = np.clip(ends, 0, 1)
 
 
-def of_scores(study, run, table4, pairs):
-    """Tables 4 and 5 with the paper's numbers, tolerant scores and the confusion matrix."""
-    classes, folds, paper4, paper5 = study.classes, study.runs[run], {}, {}
+def of_scores(study, run, table4):
+    """Tables 4 and 5 with the paper's numbers, and the confusion matrix."""
+    classes, paper4, paper5 = study.classes, {}, {}
     if set(classes) == set(evaluate.CLASSES) and (HERE / "paper/table4.csv").exists():
         paper4 = evaluate.read_table4(HERE / "paper/table4.csv")
         paper5 = pd.read_csv(HERE / "paper/table5.csv", index_col="class").to_dict("index")
     add_intervals(study, table4)
     f1 = pd.DataFrame([*table4, *(paper4[name] for name in study.runs if name in paper4)])
     f1 = 10 * f1[["f1_mean", "f1_low", "f1_high"]].stack()
-    accepted, table5 = read_pairs(pairs, classes), pd.DataFrame(evaluate.table5_rows(study, *run))
-    mean, std = evaluate.moments([tolerant_scores(fold.confusion, accepted) for fold in folds.values()])
-    for i, name in enumerate(("tolerant_precision", "tolerant_recall")):
-        table5[f"{name}_mean"], table5[f"{name}_std"] = mean[i], std[i]
-    comparisons, matrix = evaluate.comparison_rows(study, table4), evaluate.mean_confusion(folds.values())
-    off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     low = max(0, np.ceil(f1.min() - 1))
+    comparisons = evaluate.comparison_rows(study, table4)
+    matrix = evaluate.mean_confusion(study.runs[run].values())
+    off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
     return {
         "signs": evaluate.marks(table4, comparisons),
         "best": evaluate.best_run(table4),
@@ -395,8 +345,8 @@ def of_scores(study, run, table4, pairs):
         "axis": (low / 10, max(low + 1, np.ceil(f1.max())) / 10),
         "paper5": paper5,
         "statements": evaluate.statements(study, comparisons),
-        "table5": table5.to_dict("records"),
-        "confused": [f"{share:.0%} of {one} as {other}" for (one, other), share in off.items() if share],
+        "table5": evaluate.table5_rows(study, *run),
+        "confused": [f"{share:.0%} of {label} as {name}" for (label, name), share in off.items() if share],
         "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run))),
     }
 
@@ -404,12 +354,9 @@ def of_scores(study, run, table4, pairs):
 def of_probabilities(study, run, tested, results):
     """Scores, calibration, coverage and clinic of one row of Table 4; writes each as CSV."""
     folds, missing = read_folds(study, run, tested)
-    tables = {
-        "scores": score_rows(folds, study.images),
-        "reliability": calibration_rows(folds, study),
-        "coverage": [] if missing else coverage_rows(folds, len(study.classes)),
-        "clinic": clinic_rows(folds, study.classes),
-    }
+    tables = {"scores": score_rows(folds, study.images), "reliability": calibration_rows(folds, study)}
+    tables["coverage"] = [] if missing else coverage_rows(folds, len(study.classes))
+    tables["clinic"] = clinic_rows(folds, study.classes)
     for kind, rows in tables.items():
         if rows:
             evaluate.write_csv(results / f"{kind}_{'_'.join(run)}.csv", rows)
@@ -422,12 +369,13 @@ def of_probabilities(study, run, tested, results):
 def of_training(folder, folds, results):
     """Learning curves, range test and heatmaps of the row of Table 4 in this folder."""
     logs = {f"fold {fold}": read(folder / f"fold{fold}/log.csv") for fold in folds}
-    curves = pd.concat(logs, names=["fold"]) if any(log is not None for log in logs.values()) else None
+    logs = {fold: log for fold, log in logs.items() if log is not None}
     measured = read(folder / "measured.json") or {}
     rates = {f"{rate:.2g}: mean recall {score:.3f}": rate for rate, score in measured.get("candidates") or ()}
-    rates |= {f"chosen: {measured['lr']:.2g}": measured["lr"]} if "lr" in measured else {}
+    if "lr" in measured:
+        rates[f"chosen: {measured['lr']:.2g}"] = measured["lr"]
     return {
-        "curves": curves,
+        "curves": pd.concat(logs, names=["fold"]) if logs else None,
         "rates": rates,
         "tried": read(folder / "lr_range.csv"),
         "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png")),
@@ -439,20 +387,22 @@ def of_overlaps(study, runs, fingerprint):
     scans = [read(file) or {} for file in runs.glob("data/*.json")]
     scan = next((scan for scan in scans if scan.get("fingerprint") == fingerprint), {})
     sizes, duplicates = scan.get("sizes") or {"250x250": 1}, scan.get("duplicates") or []
-    pairs = [(*pair, "exact duplicate") for group in duplicates for pair in itertools.permutations(group, 2)]
-    split, contradicted, twins = study.split, {}, set()
+    pairs, contradicted, twins = [], {}, set()
+    for group in duplicates:
+        pairs += [(*pair, "exact duplicate") for pair in itertools.permutations(group, 2)]
     if study.overlaps:
         table = pd.read_csv(runs / "overlaps.csv", dtype={"first": str, "second": str}, **evaluate.CSV)
         same = np.hypot(table.dx, table.dy) < SAME_CELL * int(max(sizes, key=sizes.get).split("x")[0])
         for first, second in table.loc[same, ["first", "second"]].to_numpy():
             pairs += [(first, second, "same cell"), (second, first, "same cell")]
     for path, other, kind in pairs:
-        if split is not None and path in split.index and other in split.index:
-            one, two = split.loc[path], split.loc[other]
-            if one.label != two.label:
-                contradicted[path] = two.label, f"{kind} as {other}"
-            if kind == "exact duplicate":
-                twins.update((path, fold) for fold in one.index[(one == "test") & (two == "train")])
+        if study.split is None or not {path, other} <= set(study.split.index):
+            continue
+        row, other_row = study.split.loc[path], study.split.loc[other]
+        if row.label != other_row.label:
+            contradicted[path] = other_row.label, f"{kind} as {other}"
+        if kind == "exact duplicate":
+            twins.update((path, fold) for fold in row.index[(row == "test") & (other_row == "train")])
     return {"duplicates": duplicates, "contradicted": contradicted, "twins": twins}
 
 
@@ -461,28 +411,41 @@ def title(model, init):
     return ", ".join(evaluate.paper_names(model, init))
 
 
+def choose_run(study, table4, model, init):
+    """(model, init) of the best row of this model and init, where None allows any; SystemExit if none is."""
+    rows = [row for row in table4 if model in (None, row["model"]) and init in (None, row["init"])]
+    if not rows:
+        wanted = f"{model or 'any network'}/{init or 'any init'}"
+        raise SystemExit(f"no finished fold of {wanted}; there are: {', '.join(map('/'.join, study.runs))}")
+    return evaluate.best_run(rows)
+
+
+def of_run(study, run, table4, runs, results, data):
+    """All that the page shows of one row of Table 4; writes its CSV files."""
+    tested = {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[run].items()}
+    config = study.runs[run][min(tested)].config
+    values = {"shown": run, "config": config, "table4": table4} | of_scores(study, run, table4)
+    values |= of_probabilities(study, run, tested, results)
+    values |= of_training(runs / "train" / run[0] / run[1], tested, results)
+    values |= of_overlaps(study, runs, config.get("data"))
+    issues = label_issues(study, run, tested, values["contradicted"])
+    evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
+    flagged = ((issues.flagged == "yes") & (issues.kind == "prediction")).sum()
+    first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
+    # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
+    roots = [pathlib.Path(config.get("root") or data), data, *data.glob("*/"), *data.glob("*/*/")]
+    return values | {"issues": issues, "flagged": flagged, "doubts": first.to_dict("records"), "roots": roots}
+
+
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")
     parser.add_argument("--init", help="its pre-training")
-    parser.add_argument(
-        "--doubt",
-        nargs="+",
-        default=[],
-        metavar="MODEL/INIT",
-        help="rows of Table 4 whose mean finds doubtful labels; default: the one shown",
-    )
     parser.add_argument("--data", type=pathlib.Path, default="data/bm", help="for pictures of labels")
-    parser.add_argument(
-        "--pairs",
-        type=pathlib.Path,
-        help="CSV label,accepted of predictions to forgive",
-        default=next(HERE.glob("paper/tolerant_pairs.csv"), None),
-    )
     args = parser.parse_args()
     if not args.runs.is_dir():
         raise SystemExit(f"{args.runs}: no such folder; name the one that train.py wrote with --runs")
@@ -492,42 +455,14 @@ def main():
         raise SystemExit(f"{error}; put the file back that the runs were made with") from None
     results, said = args.runs / "results", "no fold is finished yet"
     values = {"runs": args.runs, "data": args.data, "study": study, "shown": None, "config": {}}
+    values["made"] = time.strftime("%d %B %Y, %H:%M")
     if study.runs:
         table4 = evaluate.table4_rows(study)
-        rows = [
-            row for row in table4 if args.model in (None, row["model"]) and args.init in (None, row["init"])
-        ]
-        run = evaluate.best_run(rows) if rows else (args.model or "any network", args.init or "any init")
-        doubt = [tuple(name.split("/", 1)) for name in args.doubt] or [run]
-        for name in {run, *doubt} - set(study.runs):
-            names = ", ".join(map("/".join, study.runs))
-            raise SystemExit(f"no finished fold of {'/'.join(name)}; there are: {names}")
-        tested = {
-            name: {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[name].items()}
-            for name in {run, *doubt}
-        }
-        config = study.runs[run][min(tested[run])].config
-        values |= {"shown": run, "doubt": doubt, "config": config, "pairs": args.pairs, "table4": table4}
-        values |= of_scores(study, run, table4, args.pairs)
-        values |= of_probabilities(study, run, tested[run], results)
-        values |= of_training(args.runs / "train" / run[0] / run[1], tested[run], results)
-        values |= of_overlaps(study, args.runs, config.get("data"))
-        issues = label_issues(study, {name: tested[name] for name in doubt}, values["contradicted"])
-        evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
-        flagged = ((issues.flagged == "yes") & (issues.kind == "prediction")).sum()
-        first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
-        values |= {"issues": issues, "flagged": flagged, "doubts": first.to_dict("records")}
-        # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
-        values["roots"] = [
-            pathlib.Path(config.get("root") or args.data),
-            args.data,
-            *args.data.glob("*/"),
-            *args.data.glob("*/*/"),
-        ]
-        said = f"{title(*run)}; {flagged} labels to look at again"
-    page = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+        run = choose_run(study, table4, args.model, args.init)
+        values |= of_run(study, run, table4, args.runs, results, args.data)
+        said = f"{title(*run)}; {values['flagged']} labels to look at again"
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     page = page.from_string((HERE / "report.html").read_text(encoding="utf-8"), globals())
     # a name with bytes that are no text shows a question mark there
     evaluate.write_file(results / "index.html", page.render(values).encode("utf-8", "replace"))

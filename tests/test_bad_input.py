@@ -32,7 +32,6 @@ DATASETS, SPLITS = "datasets.py --runs {tmp}/runs --data", "splits.py --data {ce
 EVALUATE, REPORT = "evaluate.py --runs {tmp}/runs", "report.py --runs {tmp}/runs --data {cells}"
 FIGURES = f"gradcam.py --model {MODEL} --init random --runs {{tmp}}/runs --data {{cells}} --device cpu --classes A B C"
 JUDGE = "predict.py --checkpoint {tmp}/best.pt --images {cells} --out {tmp}/out --device cpu --no-heatmaps"
-PRIOR = f"predict.py --model {MODEL} --init random --runs {{tmp}}/runs --prior train --device cpu"
 FOLD = f"train/{MODEL}/random/fold0"
 PREDICTIONS = f"{FOLD}/predictions.csv"
 START = TRAIN + " --init mine={tmp}/best.pt"
@@ -219,12 +218,7 @@ ARGUMENTS = [
     case("gradcam, model without init", "gradcam.py --model resnet18", 2, "--model and --init go together"),
     case("gradcam, unknown device", FIGURES + " --device cpu:x", 2, "--device cpu:x|use cpu"),
     case("gradcam, no cell", FIGURES + " --count 0", 2, "--count 0|at least 1"),
-    case(
-        "predict without anything",
-        "predict.py",
-        2,
-        "--checkpoint, --images and --out|--model, --init and --prior",
-    ),
+    case("predict without anything", "predict.py", 2, "--checkpoint, --images and --out"),
     case("predict, unknown device", JUDGE + " --device gpu", 2, "--device gpu|use cpu"),
     case(
         "fetch an unknown model",
@@ -679,28 +673,6 @@ TABLES = [
         copied("runs"),
     ),
     case(
-        "report, unknown doubt",
-        REPORT + " --doubt alexnet/cd",
-        1,
-        f"no finished fold of alexnet/cd|{MODEL}/random",
-        copied("runs"),
-    ),
-    case(
-        "report, pairs of another program",
-        REPORT + " --pairs {tmp}/p.csv",
-        1,
-        "{tmp}/p.csv: no CSV with columns label,accepted|--pairs",
-        both(copied("runs"), put("p.csv", "a,b\n1,2\n")),
-    ),
-    case(
-        "report, pairs empty",
-        REPORT + " --pairs {tmp}/p.csv",
-        1,
-        "{tmp}/p.csv: no CSV with columns label,accepted",
-        both(copied("runs"), put("p.csv", "")),
-    ),
-    case("prior of no run", PRIOR, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
-    case(
         "gradcam, no run at all",
         "gradcam.py --runs {tmp}/runs",
         1,
@@ -724,13 +696,6 @@ TABLES = [
     case(
         "gradcam, a class of none",
         FIGURES,
-        1,
-        f"{{tmp}}/runs/{PREDICTIONS}|another class",
-        copied("runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1)),
-    ),
-    case(
-        "prior of a run with a class of none",
-        PRIOR,
         1,
         f"{{tmp}}/runs/{PREDICTIONS}|another class",
         copied("runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1)),

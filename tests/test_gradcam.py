@@ -189,7 +189,7 @@ def test_maps_come_from_the_fold_that_tested_the_cell(trained):
     classes, tested = gradcam.read_run(folder)
     assert sorted(cell["path"] for cell in tested) == sorted(cells.paths)  # each once
     cell = next(cell for cell in tested if cell["prediction"] != cell["label"])
-    gradcam.add_heat([cell], classes, cells, "cpu")
+    gradcam.add_heatmaps([cell], classes, cells, "cpu")
     with open(runs / "split.csv", newline="") as handle:
         row = next(row for row in csv.DictReader(handle) if row["path"] == cell["path"])
     net, info = models.load_checkpoint(folder / ("fold0" if row["fold0"] == "test" else "fold1") / "best.pt")
@@ -200,7 +200,7 @@ def test_maps_come_from_the_fold_that_tested_the_cell(trained):
         heat = gradcam.heatmaps(
             net, datasets.normalise(image, info["mean"], info["std"]), [classes.index(label)]
         )[0]
-        np.testing.assert_allclose(cell["heat"][label], heat, atol=1e-5)
+        np.testing.assert_allclose(cell["heatmaps"][label], heat, atol=1e-5)
 
 
 def test_a_figure_of_the_chosen_cell(trained, monkeypatch, capsys):
@@ -220,7 +220,7 @@ def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_pa
     runs, cells = trained
     shown = []
     monkeypatch.setattr(gradcam, "draw_figure", lambda file, *rest: shown.append(file.name))
-    monkeypatch.setattr(gradcam, "add_heat", lambda *rest: None)
+    monkeypatch.setattr(gradcam, "add_heatmaps", lambda *rest: None)
     command(monkeypatch, *RUN, "--runs", runs, "--data", cells.root)
     assert shown == [f"gradcam_shufflenet_v2_x0_5_random_{label}.png" for label in ("FGC", "BAS")]
     for init in ("random", "cd", "pcam"):

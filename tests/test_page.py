@@ -718,8 +718,7 @@ def test_eight_images_all_right_get_their_page(tmp_path):
     "arguments, message",
     [
         (["--model", "alexnet"], "no finished fold of alexnet"),
-        (["--doubt", "vit_l_32/nowhere"], "no finished fold of vit_l_32/nowhere"),
-        (["--pairs", "/nowhere.csv"], "/nowhere.csv: no CSV with columns label,accepted"),
+        (["--init", "nowhere"], "no finished fold of any network/nowhere"),
         (["--runs", "/nowhere"], "/nowhere: no such folder"),
     ],
 )

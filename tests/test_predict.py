@@ -375,30 +375,6 @@ def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatc
     )
 
 
-def test_prior_beside_the_tables_of_a_run(trained, monkeypatch, capsys):
-    runs, cells = trained
-    command(
-        monkeypatch, "--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", runs, "--prior", "train"
-    )
-    uniform, train = capsys.readouterr().out.split("prior_train\n", 1)
-    recalls = []
-    for fold in (0, 1):
-        rows = read(checkpoint(runs, fold).with_name("predictions.csv"))
-        truth, predicted = ([row[key] for row in rows] for key in ("label", "prediction"))
-        recalls.append(
-            sklearn.metrics.recall_score(
-                truth, predicted, average=None, labels=cells.classes, zero_division=0
-            )
-        )
-    for label, mean, std in zip(cells.classes, np.mean(recalls, 0), np.std(recalls, 0, ddof=1)):
-        line = next(line for line in uniform.splitlines() if f"({label})" in line)
-        assert f"| {mean:.3f} ± {std:.3f} |" in line
-        assert f"({label})" in train
-    table4 = [line for line in train.splitlines() if "shufflenet" in line]
-    assert [name in line for name, line in zip(("prior_uniform", "prior_train"), table4)] == [True, True]
-    assert f"| {np.mean(recalls):.3f} ± " in table4[0]
-
-
 # ---------------------------------------------------------------- bad input
 def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     runs, cells = trained
@@ -423,12 +399,7 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     message = refusal(monkeypatch, "--checkpoint", checkpoint(runs, 0), tmp_path / "other.pt", *options)
     assert "other.pt: of different classes" in message
     assert not out.exists()
-    for args in (
-        (),
-        ("--model", "resnet18"),
-        ("--model", "resnet18", "--init", "random"),
-        ("--checkpoint", "best.pt"),
-    ):
+    for args in ((), ("--checkpoint", "best.pt")):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             predict.main()
