@@ -43,6 +43,8 @@ def main():
     start, _, name = args.init.rpartition("+")
     if start not in ("", "imagenet") or not re.fullmatch(r"[\w.-]+", name) or name in ("random", "imagenet"):
         parser.error(f"--init {args.init}: a data set's name (cd, pcam, ...) or imagenet+ and that name")
+    if args.freeze:
+        parser.error("--freeze: a pre-training trains the whole network")
     options = train.run_options(args, parser)
     data = args.data or f"data/{name}"
     cells, info = from_rank_0(lambda: datasets.open_checked(data, args.runs))

@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ "$demo" ]; then
-  DATA=demo/data RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
+  DATA=demo/data TARGET=demo/data/bm RUNS=demo/runs MODELS=${MODELS:-"resnet18 shufflenet_v2_x1_0"} FOLDS=${FOLDS:-0,1,2,3,4}
   cores=$(nproc) JOBS_PER_GPU=${JOBS_PER_GPU:-$((cores < 4 ? cores : 4))} device=${device:-cpu}
   options=(--epochs 4 --image-size 56 --batch-size 16 --optimizer adamw --schedule cosine --lr 0.002 --amp off
            --memory-format contiguous --workers 0 "${options[@]}") INITS=${INITS:-random imagenet cd pcam}
