@@ -275,6 +275,8 @@ def run_main(main):
 
     Any kill resumes exactly, so that signals end the process at once.
     """
+    if not hasattr(sys.stdout, "reconfigure"):
+        sys.exit("in a notebook, write !python in place of %run: these scripts end the process they run in")
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for run_all.sh's jobs, which it ends itself
         signal.signal(signal.SIGINT, signal.SIG_DFL)
