@@ -2,9 +2,10 @@
 
     python evaluate.py                              every finished run in runs/, also of an unfinished study
     python evaluate.py --compare paper/table4.csv   also prints the published numbers (or another table4.csv)
+    python evaluate.py --tta                        of predictions_tta.csv, tested against predictions.csv
 
-Reads predictions.csv and config.json of runs/train/<model>/<init>/fold<k>, runs/split.csv and overlaps.csv;
-writes tables and pictures into runs/results. An invalid file is named on stderr and left out (status 1).
+Reads predictions.csv and config.json of runs/train/<model>/<init>/fold<k>, runs/split.csv, overlaps.csv and
+groups.csv; writes into runs/results. An invalid file is named on stderr and left out (status 1).
 """
 
 import argparse
@@ -22,17 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from scipy import special
 
 # Models, inits and classes in the order of Tables 4 and 5, with the names that the paper prints
-MODELS = {
-    "vgg19_bn": "VGG-19 BN",
-    "resnet152": "ResNet-152",
-    "regnet_y_32gf": "Regnet_y_32gf",
-    "vit_l_32": "ViT_l_32",
-    "resnext50_32x4d": "ResNeXt-50",
-}
+MODELS = {"vgg19_bn": "VGG-19 BN", "resnet152": "ResNet-152", "regnet_y_32gf": "Regnet_y_32gf"}
+MODELS |= {"vit_l_32": "ViT_l_32", "resnext50_32x4d": "ResNeXt-50"}
 INITS = {"random": "Random", "imagenet": "ImageNet", "pcam": "PCam", "cd": "CD"}
 INITS |= {f"imagenet+{name}": f"ImageNet + {INITS[name]}" for name in ("pcam", "cd")}
 CLASS_NAMES = """NGB Band neutrophils, NGS Segmented neutrophils, LYT Lymphocytes, MON Monocytes,
@@ -44,6 +41,7 @@ CLASSES = dict(entry.split(maxsplit=1) for entry in CLASS_NAMES.split(","))
 SCORES = ("precision", "recall", "f1")
 COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
 COMPARISON = "family model init against_model against_init folds difference low high p p_holm".split()
+MOST_DRAWN, LONGEST = 50, 40  # classes with numbers in a confusion matrix; characters of a name in pictures
 COMMON = 100  # f1_common averages the classes of at least so many images
 LEVEL = 0.05  # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64  # test images / training images of the paper's split, used without a split.csv
@@ -54,11 +52,14 @@ CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 # paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 # confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
-# confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict
-Fold = namedtuple("Fold", "confusion scores train_images no_overlap file config", defaults=[None] * 3)
+# confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict;
+# ece: expected calibration error
+Fold = namedtuple("Fold", "confusion scores train_images no_overlap file config ece", defaults=[None] * 4)
 # images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems, notes: lists of sentences;
-# split: of read_split, or None; overlaps: one of the notes, or None
-Study = namedtuple("Study", "classes images runs problems notes split overlaps", defaults=[None] * 2)
+# split: of read_split, or None; overlaps, groups: two of the notes, or None;
+# plain: runs of the same networks without test-time augmentation, where this is the Study of those with it
+FIELDS = "classes images runs problems notes split overlaps groups plain"
+Study = namedtuple("Study", FIELDS, defaults=(None, None, None, {}))
 
 
 # ---------------------------------------------------------------- files
@@ -88,7 +89,9 @@ def write_file(file, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise SystemExit(f"{file} can't be written: {error.strerror}; check its folder, try again") from None
+        raise SystemExit(
+            f"{file} can't be written: {error.strerror}; make room or name another --out"
+        ) from None
 
 
 def write_csv(file, rows):
@@ -107,10 +110,10 @@ def error_context(file):
         raise ValueError(f"{printable(str(file))}: {reason}") from None
 
 
-def find_runs(runs):
+def find_runs(runs, name="predictions.csv"):
     """Finished runs as {(model, init): {fold: Path of predictions.csv}}, in the paper's order."""
     files = {}
-    for file in Path(runs, "train").glob("*/*/fold*/predictions.csv"):
+    for file in Path(runs, "train").glob(f"*/*/fold*/{name}"):
         if re.fullmatch(r"fold(0|[1-9][0-9]*)", file.parent.name):
             files.setdefault(file.parts[-4:-2], {})[int(file.parent.name[4:])] = file
     return {run: dict(sorted(files[run].items())) for run in run_order(files)}
@@ -179,15 +182,35 @@ def read_overlaps(file, split):
     return shared, note
 
 
-def read_study(runs):
-    """Study of all finished runs; ValueError if split.csv or overlaps.csv is invalid."""
-    split = shared = overlaps = None
+def group_note(file, split):
+    """A sentence on the groups (patients, say) that a groups.csv puts the test images into; ValueError."""
+    with error_context(file):
+        table = pd.read_csv(file, dtype=str, usecols=["path", "group"], **CSV)
+        group = table.set_index("path").group.reindex(split.index)
+    tested, shared = set(), 0
+    for fold in split.columns[1:]:
+        in_test = group[split[fold] == "test"].dropna()
+        in_train = group[split[fold] == "train"].dropna()
+        tested |= set(in_test)
+        shared += in_test.isin(in_train).sum()
+    return (
+        f"The test images are of {len(tested):,} groups ({Path(file).name}; {group.isna().sum():,} images in "
+        f"none); {shared:,} of them have an image of their group in training. Intervals over images would be "
+        "too narrow, since images of a group resemble each other."
+    )
+
+
+def read_study(runs, name="predictions.csv"):
+    """Study of all finished runs; ValueError if split.csv, overlaps.csv or groups.csv is invalid."""
+    split = shared = overlaps = groups = None
     classes, study, problems, left_out, empty, tested = [], {}, [], set(), set(), {}
     if Path(runs, "split.csv").exists():
         split = read_split(Path(runs, "split.csv"))
         if Path(runs, "overlaps.csv").exists():
             shared, overlaps = read_overlaps(Path(runs, "overlaps.csv"), split)
-    for run, folds in find_runs(runs).items():
+        if Path(runs, "groups.csv").exists():
+            groups = group_note(Path(runs, "groups.csv"), split)
+    for run, folds in find_runs(runs, name).items():
         for k, file in folds.items():
             try:
                 fold, classes = read_fold(file, k, classes, split, shared)
@@ -203,10 +226,10 @@ def read_study(runs):
     if split is not None:
         counts = split.label.drop(list(left_out), errors="ignore").value_counts()
         images = counts.reindex(classes, fill_value=0).to_numpy()
-    notes = [overlaps, setting_note(study)]
+    notes = [overlaps, groups, setting_note(study)]
     for k, c in sorted(empty):
         notes.append(f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean.")
-    return Study(classes, images, study, problems, list(filter(None, notes)), split, overlaps)
+    return Study(classes, images, study, problems, list(filter(None, notes)), split, overlaps, groups)
 
 
 def read_fold(file, k, classes, split, shared):
@@ -236,8 +259,8 @@ def read_fold(file, k, classes, split, shared):
     if shared is not None:
         alone = ~shared[column].loc[tested.paths].to_numpy()
         no_overlap = count_confusion(tested.labels[alone], tested.predictions[alone], n)
-    scores = confusion_scores(confusion)
-    return Fold(confusion, scores, float(train_images), no_overlap, file, config), tested.classes
+    scores, ece = confusion_scores(confusion), calibration_error(tested)
+    return Fold(confusion, scores, float(train_images), no_overlap, file, config, ece), tested.classes
 
 
 def setting_note(runs):
@@ -270,6 +293,13 @@ def confusion_scores(confusion):
 def per_class_scores(labels, predictions, n_classes):
     """Precision, recall, F1 [3,C]: 0 for a class never predicted, NaN for one without images in labels."""
     return confusion_scores(count_confusion(labels, predictions, n_classes))
+
+
+def calibration_error(predictions, bins=15):
+    """ECE (Guo et al. 2017): mean distance of confidence and share right, over equal bins (low, high]."""
+    confidence, right = predictions.probabilities.max(1), predictions.labels == predictions.predictions
+    place = np.ceil(confidence.clip(0, 1) * bins).astype(int)
+    return abs(np.bincount(place, confidence - right)).sum() / len(right)
 
 
 def moments(values):
@@ -336,25 +366,40 @@ def mean_confusion(folds):
     return moments(counts / np.where(images > 0, images, np.nan))[0]
 
 
+def drawable(names):
+    """Names as a picture can show them: cut, or their number in Table 5 where the font lacks a character."""
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    texts = []
+    for number, name in enumerate(map(printable, names), 1):
+        shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+        texts.append(shown if set(map(ord, name)) <= set(glyphs) else f"class {number}")
+    return texts
+
+
 def draw_confusion(matrix, images, classes, title):
-    """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale."""
-    n, names = len(classes), [printable(name) for name in classes]
-    label = 0.6 + 0.09 * max(map(len, names))  # inches; a layout engine would double the time
-    width, height = label + 0.44 * n + 2.6, label + 0.36 * n + 0.4
-    figure, bottom, high = Figure(figsize=(width, height)), label / height, 0.36 * n / height
-    cells = figure.add_axes((label / width, bottom, 0.44 * n / width, high))
+    """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale.
+
+    Of more than MOST_DRAWN classes the numbers are left out, and only some are named.
+    """
+    n, names, step = len(classes), drawable(classes), -(-len(classes) // MOST_DRAWN)
+    label, rows = 0.6 + 0.09 * max(map(len, names)), min(n, MOST_DRAWN)  # inches; a layout engine is slow
+    width, height = label + 0.44 * rows + 2.6, label + 0.36 * rows + 0.4
+    figure, bottom, high = Figure(figsize=(width, height)), label / height, 0.36 * rows / height
+    cells = figure.add_axes((label / width, bottom, 0.44 * rows / width, high))
     bars = figure.add_axes((1 - 2.3 / width, bottom, 2.1 / width, high), sharey=cells)
     bars.tick_params(labelleft=False)
     cells.imshow(np.nan_to_num(matrix), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, j in zip(*np.nonzero(np.nan_to_num(matrix) >= 0.005)):
-        colour = "white" if matrix[i, j] > 0.715 else "black"  # a contrast of at least 4.5 : 1
-        cells.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    cells.set_xticks(range(n), names, rotation=90, parse_math=False)
-    cells.set_yticks(range(n), names, parse_math=False)
+    drawn_bars = bars.barh(range(n), images, color="tab:gray")
+    if step == 1:
+        bars.bar_label(drawn_bars, fontsize=8, padding=2)
+        for i, j in zip(*np.nonzero(np.nan_to_num(matrix) >= 0.005)):
+            colour = "white" if matrix[i, j] > 0.715 else "black"  # a contrast of at least 4.5 : 1
+            cells.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    cells.set_xticks(range(0, n, step), names[::step], rotation=90, parse_math=False)
+    cells.set_yticks(range(0, n, step), names[::step], parse_math=False)
     cells.set(xlabel="Predicted class", ylabel="True class")
     size = min(12, 115 * width / (len(title) + 1))
     figure.suptitle(title, y=1 - 0.2 / height, va="center", parse_math=False, fontsize=size)
-    bars.bar_label(bars.barh(range(n), images, color="tab:gray"), fontsize=8, padding=2)
     bars.set(xscale="log", xlabel="Images", xlim=(0.8, 9 * max(images)))
     png = io.BytesIO()
     figure.savefig(png, dpi=130)
@@ -402,13 +447,17 @@ def split_ratio(folds):
 
 
 def comparison_rows(study, table4):
-    """comparisons.csv, DataFrame: macro F1 against the best row and against ImageNet, in the shared folds."""
-    rows = []
-    for family, run in itertools.product(("best", "imagenet"), study.runs):
-        against = best_run(table4) if family == "best" else (run[0], "imagenet")
-        shared = [k for k in study.runs[run] if k in study.runs.get(against, {})]
-        if run != against and shared:
-            folds, others = ([study.runs[row][k] for k in shared] for row in (run, against))
+    """comparisons.csv, DataFrame: macro F1 against the best row and against ImageNet, in the shared folds.
+
+    With test-time augmentation also against the same networks without it (family plain).
+    """
+    rows, best = [], best_run(table4)
+    for family, run in itertools.product(("best", "imagenet", "plain"), study.runs):
+        against = {"best": best, "imagenet": (run[0], "imagenet"), "plain": run}[family]
+        others = (study.plain if family == "plain" else study.runs).get(against, {})
+        shared = [k for k in study.runs[run] if k in others]
+        if shared and (run != against or family == "plain"):
+            folds, others = [study.runs[run][k] for k in shared], [others[k] for k in shared]
             test = corrected_t_test(macro_f1(folds) - macro_f1(others), split_ratio(folds))
             rows.append((family, *run, *against, len(shared), *test, np.nan))
     table = pd.DataFrame(rows, columns=COMPARISON)
@@ -425,12 +474,31 @@ def marks(table4, comparisons):
     return signs
 
 
+def tta_statements(study, comparisons):
+    """A sentence a run on test-time augmentation: macro F1 and ECE of the folds with and without it."""
+    lines = []
+    for row in comparisons[comparisons.family == "plain"].itertuples():
+        folds, plain = study.runs[row.model, row.init], study.plain[row.model, row.init]
+        ece = np.mean([(plain[k].ece, folds[k].ece) for k in folds if k in plain], 0)
+        test = f"{row.low:+.3f} to {row.high:+.3f}, p {row.p_holm:.2g} by Holm"
+        lines.append(
+            f"{' '.join(paper_names(row.model, row.init))}, mean of eight views against one: macro F1 "
+            f"{row.difference:+.3f} ({'not testable' if np.isnan(row.p) else test}), ECE (calibration) "
+            f"{ece[0]:.3f} without and {ece[1]:.3f} with."
+        )
+    return lines
+
+
 def statements(study, comparisons):
     """The sentences that belong below Table 4, list of str."""
-    lines = [
-        "± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
-        f"the std of macro F1; f1_common is over the classes of at least {COMMON} images."
-    ]
+    spread = (
+        "± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is the "
+        "std of macro F1"
+    )
+    if max(map(len, study.runs.values())) == 1:
+        spread = "A single fold has no ±, no interval and no test between rows"
+    lines = [f"{spread}; f1_common is over the classes of at least {COMMON} images."]
+    lines += tta_statements(study, comparisons)
     tested = comparisons.dropna(subset="p")
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
@@ -562,23 +630,30 @@ def write_tables(study, results):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")
+    parser.add_argument("--out", type=Path, help="folder for the tables; default: results in --runs")
     parser.add_argument("--compare", metavar="TABLE4.CSV", help="print these numbers beside ours")
+    parser.add_argument("--tta", action="store_true", help="of predictions_tta.csv, into results/tta")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
+    name = "predictions_tta.csv" if args.tta else "predictions.csv"
     try:
         published = read_table4(args.compare) if args.compare else None
-        study = read_study(args.runs)
+        study = read_study(args.runs, name)
+        if args.tta:
+            study = study._replace(plain=read_study(args.runs).runs)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     for problem in study.problems:
         print(problem, file=sys.stderr)
     if not study.runs:
-        raise SystemExit(f"{args.runs}: no finished run in train/<model>/<init>/fold<k>/predictions.csv")
-    table4, text = write_tables(study, args.runs / "results")
+        raise SystemExit(f"{args.runs}: no finished run in train/<model>/<init>/fold<k>/{name}")
+    results = args.out or args.runs / "results" / ("tta" if args.tta else "")
+    table4, text = write_tables(study, results)
     print(text)
     if published:
         print(compare_text(table4, published))

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.figure import Figure
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -28,6 +28,7 @@ import models
 FIGURES = ("FGC", "BAS")  # the classes of Figs. 5 and 6
 LEAST_GRID = 7  # places along a side that a heatmap has if possible, as the paper's networks: 7 or 14
 PICTURE = 320  # pixels: the longer side of an image as it is shown
+MOST, ACROSS = 24, 6  # right cells, and wrong ones, that a figure holds; pictures side by side
 BATCH_SIZE = 32
 NOTE = (
     "From blue to red: how much each of {0} x {0} places speaks for the class above the map (Grad-CAM);"
@@ -109,6 +110,8 @@ def read_run(folder):
     cells, classes, text = [], [], ["path", "label", "prediction"]
     options = {"keep_default_na": False, "encoding_errors": "surrogateescape"}  # a class may be called NA
     for file in sorted(folder.glob("fold*/predictions.csv")):
+        if not re.fullmatch(r"fold(0|[1-9][0-9]*)", file.parent.name):  # as for evaluate.py
+            continue
         try:
             table = pd.read_csv(file, dtype=dict.fromkeys(text, str), **options)
             classes = classes or [name[2:] for name in table if name.startswith("p_")]
@@ -150,29 +153,42 @@ def add_heatmaps(cells, classes, data, device):
                 cell.update(picture=picture, side=side)
 
 
+def drawable(classes):
+    """{class: its name as a picture can show it}, with its number where the font lacks a character."""
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    names = {}
+    for number, name in enumerate(classes, 1):
+        text = repr(name)[1:-1][:40]
+        names[name] = text if set(map(ord, text)) <= set(glyphs) else f"class {number}"
+    return names
+
+
 @rc_context({"text.parse_math": False})  # a $ in a file name is no formula
 def draw_figure(file, title, classes, right, wrong):
     """A class's figure; right and wrong are (heading, cells), wrong ones with two heatmaps each."""
-    rows = max(1, len(right[1]), len(wrong[1]))
-    figure = Figure(figsize=(13, 2 + 2.6 * rows), dpi=100, layout="constrained")
+    names, side = drawable(classes), (right[1] + wrong[1])[0]["side"]
+    rows = [-(-len(right[1]) * 2 // ACROSS), -(-len(wrong[1]) * 3 // ACROSS)]
+    figure = Figure(figsize=(15, 2.4 + 2.7 * sum(rows)), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=15)
-    side = (right[1] + wrong[1])[0]["side"]
     figure.supxlabel(NOTE.format(side, COARSE if side < LEAST_GRID else ""), fontsize=9)
-    halves = figure.subfigures(1, 2, width_ratios=(2, 3), wspace=0.04)
-    for half, columns, (heading, cells) in zip(halves, (2, 3), (right, wrong)):
+    halves = figure.subfigures(2, 1, height_ratios=[row or 0.2 for row in rows], hspace=0.02)
+    for half, columns, row, (heading, cells) in zip(halves, (2, 3), rows, (right, wrong)):
         half.suptitle(heading, fontsize=12)
-        axes = half.subplots(rows, columns, squeeze=False)
-        for axis in axes.flat:
+        axes = half.subplots(row, ACROSS).flat if row else []
+        for axis in axes:
             axis.set_axis_off()
-        for (first, *others), cell in zip(axes, cells):
+        for i, cell in enumerate(cells):
+            first, *others = axes[i * columns : (i + 1) * columns]
             name = pathlib.PurePath(cell["path"]).name[-30:].encode("ascii", "replace").decode()
             first.imshow(cell["picture"])
-            first.set_title(f"{name}\n{cell['fold'].name}, true class: {cell['label']}", fontsize=8)
+            first.set_title(f"{name}\n{cell['fold'].name}, true class: {names[cell['label']]}", fontsize=8)
             for axis, (label, heatmap) in zip(others, cell["heatmaps"].items()):
                 kind = "predicted" if label == cell["prediction"] else "true"
-                empty = "" if heatmap.any() else "\n(the map is empty)"
+                p = f"{cell['p'][classes.index(label)]:.1%}" + (
+                    "" if heatmap.any() else "\n(the map is empty)"
+                )
                 axis.imshow(overlay(cell["picture"], heatmap))
-                axis.set_title(f"{kind}: {label}, {cell['p'][classes.index(label)]:.1%}{empty}", fontsize=8)
+                axis.set_title(f"{kind}: {names[label]}, {p}", fontsize=8)
     with datasets.open_atomic(file) as handle:
         figure.savefig(handle, format="png")
 
@@ -192,18 +208,21 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
         of_class = [cell for cell in cells if cell["label"] == label]
         for right, name in ((True, "Correctly classified"), (False, "Misclassified")):
             group = [cell for cell in of_class if (cell["prediction"] == label) == right]
-            drawn = [cell for cell in group if cell["path"] in chosen] if paths else choose(group, count)
+            picked = [cell for cell in group if cell["path"] in chosen] if paths else group[:]
+            drawn = choose(picked, MOST if paths else min(count, MOST))
             kind = "chosen" if paths else "most and least confident" if len(drawn) < len(group) else "all"
-            counts = f"{len(group)} of {len(of_class)} test cells\n{len(drawn)} shown ({kind})"
+            counts = f"{len(group)} of {len(of_class)} test cells, {len(drawn)} shown ({kind})"
             halves.append((f"{name}: {counts}", drawn))
             shown += drawn
+            if len(drawn) == MOST < min(len(picked), len(paths) or count):
+                print(f"{label}, {name.lower()}: {MOST} of {len(picked)} shown, the most that a figure holds")
     add_heatmaps(shown, classes, datasets.open_dataset(data), device)
     for label, (right, wrong) in figures.items():
         if not right[1] + wrong[1]:
             print(f"{label}: no test cell in the finished folds, no figure")
             continue
         file = runs / "results" / f"gradcam_{model}_{init}_{label}.png"
-        draw_figure(file, f"{label}   ({model}, {init})", classes, right, wrong)
+        draw_figure(file, f"{drawable(classes)[label]}   ({model}, {init})", classes, right, wrong)
         print(file)
 
 

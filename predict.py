@@ -1,6 +1,7 @@
-"""Predictions and heatmaps for new images.
+"""Predictions and heatmaps for new images, and a study's own test images again as the mean of eight views.
 
     python predict.py --checkpoint runs/train/vit_l_32/cd/fold*/best.pt --images FOLDER --out FOLDER
+    python predict.py --runs runs --model vit_l_32 --init cd --tta    # predictions_tta.csv of finished folds
 
 An image shows one cell, cut out as the training images were. Several networks are averaged. --out gets
 predictions.csv, heatmaps/, left_out.csv (images not read or not scored), differential.csv (counts in each
@@ -141,7 +142,19 @@ def heatmap_file(folder, path):
     return folder / above / f"{name}.png"
 
 
-def predict_images(nets, infos, cells, ratio, device, maps):
+def predict_batch(net, batch, tta):
+    """Probabilities, float64 [N,C], of normalised images [N,3,S,S]; tta: the mean of flips and quarter turns.
+
+    Of a cell no side is up, so that the eight views of the dihedral group show the same cell.
+    """
+    views = [torch.rot90(batch, turns, (2, 3)) for turns in range(4 if tta else 1)]
+    if tta:
+        views += [view.flip(3) for view in views]
+    with torch.inference_mode():
+        return torch.stack([net(view).double().softmax(1) for view in views]).mean(0).cpu().numpy()
+
+
+def predict_images(nets, infos, cells, device, tta=False, maps=None, ratio=1):
     """The networks' mean probabilities as trained, float [N,C], of cells.
 
     Unless maps is None, heatmaps of the class predicted by the prior of ratio are written there as pictures.
@@ -153,8 +166,7 @@ def predict_images(nets, infos, cells, ratio, device, maps):
             paths = cells.paths[start : start + gradcam.BATCH_SIZE]
             images = list(pool.map(read_cell, range(start, start + len(paths))))
             batches = [gradcam.batch_for(info, images, device) for info in infos]
-            with torch.inference_mode():
-                p = [net(batch).double().softmax(1).cpu().numpy() for net, batch in zip(nets, batches)]
+            p = [predict_batch(net, batch, tta) for net, batch in zip(nets, batches)]
             means.append(np.mean(p, 0))
             if maps is None:
                 continue
@@ -200,7 +212,7 @@ def read_cells(folder, paths, unread):
     return cells.subset([not why for why in whys]), list(filter(None, digests)), left_out
 
 
-def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
+def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
     in_folder = find_images(images, out)
     nets, infos = load_networks(checkpoints)
@@ -211,8 +223,9 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     if strange:
         raise SystemExit(f"{mapping}: {min(strange)} is no class of {', '.join(classes)}")
     cells, digests, left_out = read_cells(*in_folder)
+    out.mkdir(parents=True, exist_ok=True)
     nets = [net.to(device) for net in nets]
-    p = predict_images(nets, infos, cells, ratio, device, out / "heatmaps" if maps else None)
+    p = predict_images(nets, infos, cells, device, tta, out / "heatmaps" if maps else None, ratio)
     seen = trained_on(checkpoints, infos, cells, digests)
     left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
@@ -241,6 +254,27 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps):
     print(f"{out}: {len(cells)} images (prior: {prior}); {len(left_out)} lines in left_out.csv")
 
 
+def predict_run(folder, data, device):
+    """Write predictions_tta.csv of a run's finished folds: their own test images, networks as they are."""
+    _, tested = gradcam.read_run(folder)
+    data = datasets.open_dataset(data or datasets.read_json(tested[0]["fold"] / "config.json")["root"])
+    place = {path: i for i, path in enumerate(data.paths)}
+    for fold in sorted({cell["fold"] for cell in tested}):
+        net, info = models.load_checkpoint(fold / "best.pt")
+        cells, classes = [cell for cell in tested if cell["fold"] == fold], info["classes"]
+        try:
+            images = data.subset([place[cell["path"]] for cell in cells])
+        except KeyError as error:
+            raise SystemExit(f"{data.root}: no test image {error} of {fold}; see --data") from None
+        p = predict_images([net.to(device)], [info], images, device, tta=True)
+        rows = [["path", "label", "prediction", *(f"p_{label}" for label in classes)]]
+        for cell, row in zip(cells, p):
+            values = [f"{value:.7g}" for value in row]
+            rows.append([cell["path"], cell["label"], classes[row.argmax()], *values])
+        evaluate.write_csv(fold / "predictions_tta.csv", rows)
+        print(fold / "predictions_tta.csv")
+
+
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
@@ -250,18 +284,26 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     parser.add_argument("--map", help="CSV: name of an images' folder, class of ours")
     parser.add_argument("--prior", default="uniform", help="that (as trained), train (as there) or a CSV")
+    parser.add_argument("--tta", action="store_true", help="mean of the eight flips and quarter turns")
     parser.add_argument("--no-heatmaps", action="store_true")
+    parser.add_argument("--model", help="with --init and --tta: the finished folds of a run")
+    parser.add_argument("--init")
+    parser.add_argument("--runs", default="runs", type=pathlib.Path)
+    parser.add_argument("--data", help="its images; default: where the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     device = gradcam.find_device(parser, args.device)
-    if not (args.checkpoint and args.images and args.out):
-        parser.error("give --checkpoint, --images and --out")
     try:
-        options = args.map, args.prior, device, not args.no_heatmaps
-        predict_folder(args.checkpoint, args.images, args.out, *options)
+        if args.checkpoint and args.images and args.out and not args.model:
+            options = args.map, args.prior, device, not args.no_heatmaps, args.tta
+            predict_folder(args.checkpoint, args.images, args.out, *options)
+        elif args.model and args.init and args.tta and not args.checkpoint:
+            predict_run(args.runs / "train" / args.model / args.init, args.data, device)
+        else:
+            parser.error("give --checkpoint, --images and --out; or --model, --init and --tta")
     except OSError as error:
-        place = error.filename or args.out
+        place = error.filename or args.out or args.runs
         raise SystemExit(f"{place}: {error.strerror or error}; check it, or name another") from None
 
 

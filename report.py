@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import signal
+import sys
 import time
 from collections import Counter, namedtuple
 
@@ -426,7 +427,7 @@ def of_run(study, run, table4, runs, results, data):
     config = study.runs[run][min(tested)].config
     values = {"shown": run, "config": config, "table4": table4} | of_scores(study, run, table4)
     values |= of_probabilities(study, run, tested, results)
-    values |= of_training(runs / "train" / run[0] / run[1], tested, results)
+    values |= of_training(runs / "train" / run[0] / run[1], tested, runs / "results")
     values |= of_overlaps(study, runs, config.get("data"))
     issues = label_issues(study, run, tested, values["contradicted"])
     evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
@@ -438,11 +439,13 @@ def of_run(study, run, table4, runs, results, data):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the page; default: results in --runs")
     parser.add_argument("--model", help="network to show in detail; default: the best of Table 4")
     parser.add_argument("--init", help="its pre-training")
     parser.add_argument("--data", type=pathlib.Path, default="data/bm", help="for pictures of labels")
@@ -453,7 +456,7 @@ def main():
         study = evaluate.read_study(args.runs)
     except ValueError as error:
         raise SystemExit(f"{error}; put the file back that the runs were made with") from None
-    results, said = args.runs / "results", "no fold is finished yet"
+    results, said = args.out or args.runs / "results", "no fold is finished yet"
     values = {"runs": args.runs, "data": args.data, "study": study, "shown": None, "config": {}}
     values["made"] = time.strftime("%d %B %Y, %H:%M")
     if study.runs:

@@ -364,6 +364,39 @@ def test_the_sentences_below_table_4(study):
     )
 
 
+def test_tta_is_tested_against_the_same_networks_without_it(tmp_path):
+    """By scikit-learn's macro F1 and SciPy's t; ECE of probabilities of 0.9 by hand, |0.9 - accuracy|."""
+    runs, names = tmp_path / "runs", {("vit_l_32", "cd"): 0.6, ("resnet152", "cd"): 0.5}
+    plain = simulate(runs, COUNTS, names)
+    simulate(tmp_path / "tta", COUNTS, dict.fromkeys(names, 0.9), seed=1)
+    shutil.rmtree(tmp_path / "tta/train/resnet152")
+    for fold in range(4):  # of five
+        file = f"train/vit_l_32/cd/fold{fold}/predictions"
+        shutil.copy(tmp_path / "tta" / f"{file}.csv", runs / f"{file}_tta.csv")
+    assert command("--runs", runs)[0] == 0
+    before = (runs / "results/table4.csv").read_bytes()
+    status, out, err = command("--runs", runs, "--tta")
+    assert (status, err) == (0, "") and (runs / "results/table4.csv").read_bytes() == before
+    (row,) = read_csv(runs / "results/tta/comparisons.csv")
+    each, ece = [], []
+    for fold in range(4):
+        rows = read_csv(runs / f"train/vit_l_32/cd/fold{fold}/predictions_tta.csv")
+        answers = (
+            plain[("vit_l_32", "cd"), fold],
+            ([r["label"] for r in rows], [r["prediction"] for r in rows]),
+        )
+        f1 = [f1_score(*answer, average="macro", zero_division=0) for answer in answers]
+        each.append(f1[1] - f1[0])
+        ece.append([abs(0.9 - np.mean(np.array(labels) == guesses)) for labels, guesses in answers])
+    error = np.std(each, ddof=1) * math.sqrt(1 / 4 + 1 / 4)  # a fold tests a fifth, the rest is training
+    assert (row["family"], pair(row)) == ("plain", (("vit_l_32", "cd"),) * 2) and row["folds"] == "4"
+    assert float(row["difference"]) == pytest.approx(np.mean(each), rel=1e-4)
+    assert float(row["p"]) == pytest.approx(2 * stats.t.sf(np.mean(each) / error, 3), rel=0.02)
+    without, with_tta = np.mean(ece, 0)
+    assert f"macro F1 {np.mean(each):+.3f} (" in out
+    assert f"ECE (calibration) {without:.3f} without and {with_tta:.3f} with." in out
+
+
 def two_networks(folder, accuracies, images=20):
     """Runs m a and m b of two classes in as many folds as there are pairs of images right of class a; class b is always right."""
     for fold, pair_of in enumerate(accuracies):

@@ -19,6 +19,7 @@ from sklearn.metrics import confusion_matrix
 from test_metrics import command, read_csv, simulate, write_predictions
 
 import evaluate
+import gradcam
 
 BM = {row["class"]: int(row["images"]) for row in read_csv(ROOT / "paper/table5.csv")}
 CD = [
@@ -257,6 +258,23 @@ def test_names_that_matplotlib_would_read_as_formulas_or_lines_are_written_as_th
     assert not any(
         text.get_parse_math() for text in (*figure.texts, *cells.get_xticklabels(), *cells.get_yticklabels())
     )
+
+
+def test_300_classes_have_a_picture_of_the_largest_size():
+    """Without numbers, and every sixth class named; at 21 classes' scale it would be 130 inches wide."""
+    classes = [f"class {i}, a name that goes on and on and on" for i in range(300)]
+    figure, cells, bars, png = draw(plausible([0.9] * 300), [5] * 300, classes)
+    assert not cells.texts and not bars.texts and figure.get_size_inches().max() < 32
+    assert [label.get_text()[:9] for label in cells.get_yticklabels()[:2]] == ["class 0, ", "class 6, "]
+    with Image.open(io.BytesIO(png)) as picture:
+        assert max(picture.size) < 4200
+    assert_legible(figure, drawn_texts(figure))
+
+
+def test_a_name_that_the_font_cannot_draw_becomes_the_classs_number():
+    """DejaVu Sans, which matplotlib brings, has umlauts and Greek, but no Chinese."""
+    assert evaluate.drawable(["Prälymphozyt", "淋巴细胞", "α"]) == ["Prälymphozyt", "class 2", "α"]
+    assert gradcam.drawable(["b\udcff", "好中球"]) == {"b\udcff": "b\\udcff", "好中球": "class 2"}
 
 
 def test_a_class_without_images_has_an_empty_row():

@@ -1,6 +1,7 @@
 """Heatmaps lie where the object is, figures come from the fold that tested a cell."""
 
 import csv
+import math
 import sys
 
 import cv2
@@ -239,6 +240,45 @@ def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_pa
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "--runs", tmp_path, "--model", "resnet18")
     assert caught.value.code == 2
+
+
+def sheet(monkeypatch, tmp_path, right, wrong):
+    """The figure of so many right and wrong cells: (matplotlib's Figure, PNG's size)."""
+    figures, make = [], gradcam.Figure
+
+    def keep(**options):
+        figures.append(make(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(gradcam, "Figure", keep)
+    cell = {"path": "x/1.png", "label": "x", "fold": tmp_path, "p": np.array([0.3, 0.7]), "side": 7}
+    cell["picture"], heat = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.float32)
+    cells = [cell | {"prediction": "x", "heatmaps": {"x": heat}}] * right
+    others = [cell | {"prediction": "y", "heatmaps": {"y": heat, "x": heat}}] * wrong
+    gradcam.draw_figure(tmp_path / "1.png", "x", ["x", "y"], ("right", cells), ("wrong", others))
+    return figures[-1], cv2.imread(str(tmp_path / "1.png")).shape
+
+
+@pytest.mark.parametrize("right, wrong", [(6, 1), (6, 6), (0, 2), (3, 0)])
+def test_a_figure_has_as_many_rows_as_its_cells_fill(monkeypatch, tmp_path, right, wrong):
+    """Six pictures a row: three right cells of two, or two wrong ones of three."""
+    figure, (height, width, _) = sheet(monkeypatch, tmp_path, right, wrong)
+    rows = math.ceil(right / 3) + math.ceil(wrong / 2)
+    assert len(figure.axes) == 6 * rows
+    assert sum(bool(axis.images) for axis in figure.axes) == 2 * right + 3 * wrong
+    assert height < 290 * rows + 250 and width == 1500
+
+
+def test_more_cells_than_a_figure_holds_are_cut_and_it_is_said(trained, monkeypatch, capsys):
+    runs, cells = trained
+    drawn = []
+    monkeypatch.setattr(gradcam, "MOST", 2)
+    monkeypatch.setattr(gradcam, "draw_figure", lambda file, title, classes, *halves: drawn.extend(halves))
+    monkeypatch.setattr(gradcam, "add_heatmaps", lambda *rest: None)
+    command(monkeypatch, *RUN, "--runs", runs, "--data", cells.root, "--count", "1000", "--classes", "NGS")
+    sizes = [len(group) for _, group in drawn]
+    said = capsys.readouterr().out
+    assert max(sizes) == 2 and said.count("shown, the most that a figure holds") == sizes.count(2)
 
 
 def test_most_and_least_confident_cells_are_chosen():

@@ -20,6 +20,7 @@ from conftest import ROOT
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 import evaluate
+import report
 
 SCORES = ("precision", "recall", "f1")
 TABLE4 = (
@@ -144,7 +145,8 @@ def study(tmp_path_factory):
         runs.joinpath("pretrain"), ("vgg19_bn", "cd"), 0, [("NGB/0.jpg", "NGB", "EOS")], list(COUNTS)
     )  # is no run
     write_csv(runs / "train/vgg19_bn/cd/fold0/val_predictions.csv", [["unfinished"]])
-    write_csv(runs / "train/vgg19_bn/cd/fold01/predictions.csv", [["a copy of somebody's"]])
+    for name in ("fold01", "fold0_old", "fold"):
+        write_csv(runs / f"train/vgg19_bn/cd/{name}/predictions.csv", [["a copy of somebody's"]])
     status, out, err = command("--runs", runs, "--compare", ROOT / "paper/table4.csv")
     assert (status, err) == (0, "")
     return runs, answers, out
@@ -329,7 +331,7 @@ def test_the_other_columns_of_table_4(study, run):
 
 
 def test_a_study_that_has_come_halfway_says_how_many_folds_a_row_has(study):
-    """Neither a pre-training, nor an unfinished fold, nor a folder that is called fold01 is a run."""
+    """Neither a pre-training, nor an unfinished fold, nor a folder called fold01 or fold0_old is a run."""
     folds = {(row["model"], row["init"]): row["folds"] for row in read_csv(study[0] / "results/table4.csv")}
     assert folds == {
         ("resnet152", "random"): "5",
@@ -483,6 +485,46 @@ def test_no_overlap_anywhere_leaves_the_scores_as_they_are(tmp_path):
     assert command("--runs", tmp_path)[0] == 0
     for row in read_csv(tmp_path / "results/table4.csv"):
         assert (row["f1_no_overlap"], row["accuracy_no_overlap"]) == (row["f1_mean"], row["accuracy_mean"])
+
+
+def test_groups_are_counted_by_hand(tmp_path):
+    """Patient p is tested in fold 0 and trained on there, q and r are not; in fold 1 each is on its own side."""
+    rows = [
+        ("1", "a", "test", "train", "p"),
+        ("2", "a", "train", "train", "p"),
+        ("3", "b", "test", "train", "q"),
+        ("4", "b", "val", "test", "q"),
+        ("5", "b", "train", "test", "r"),
+        ("6", "a", "train", "test", ""),
+    ]
+    write_csv(tmp_path / "split.csv", [["path", "label", "fold0", "fold1"], *(row[:4] for row in rows)])
+    groups = [[path, group] for path, *_, group in rows if group]
+    write_csv(tmp_path / "groups.csv", [["path", "group"], *groups])
+    write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("3", "b", "b")], "ab")
+    status, out, err = command("--runs", tmp_path)
+    # image 1 has 2 in training; in fold 1, image 4 has 3 there
+    expected = "The test images are of 3 groups (groups.csv; 1 images in none); 2 of them have an image"
+    assert (status, err) == (0, "") and expected in out
+    assert "A single fold has no ±, no interval" in out and "± is the mean" not in out
+    (tmp_path / "groups.csv").write_text("path,patient\n1,p\n")
+    status, out, err = command("--runs", tmp_path)
+    assert (status, out) == (1, "") and err.startswith(f"{tmp_path / 'groups.csv'}: ")
+
+
+def test_a_study_that_may_only_be_read_gets_its_tables_elsewhere(without_rights):
+    folder, nobody = without_rights
+    write_predictions(folder / "runs", ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "b")], "ab")
+    (folder / "mine").mkdir(mode=0o777)
+    (folder / "mine").chmod(0o777)
+    with nobody():
+        assert "another --out" in command("--runs", folder / "runs")[2]
+        assert command("--runs", folder / "runs", "--out", folder / "mine/tables")[0] == 0
+        with mock.patch.object(
+            sys, "argv", ["report.py", "--runs", f"{folder}/runs", "--out", f"{folder}/mine"]
+        ):
+            report.main()
+    assert (folder / "mine/tables/table4.csv").exists() and (folder / "mine/index.html").exists()
+    assert [file.name for file in (folder / "runs").iterdir()] == ["train"]
 
 
 def cells_of(text):

@@ -7,10 +7,12 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 import torch
 
+import datasets
 import gradcam
 import models
 import predict
@@ -375,6 +377,86 @@ def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatc
     )
 
 
+# ---------------------------------------------------------------- test-time augmentation
+def put_lively_network(file, classes):
+    """Put random weights whose probabilities differ from view to view, as those of a well trained network."""
+    torch.manual_seed(int(file.parent.name[-1]))
+    net = models.build_model("squeezenet1_0", classes, image_size=64)
+    with torch.no_grad():
+        net.classifier[1].weight *= 12
+    content = models.read_checkpoint(file) | {"model": "squeezenet1_0", "state_dict": net.state_dict()}
+    torch.save(content, file)
+
+
+def mean_of_eight(file, picture):
+    """Mean softmax, float [C], of the eight flips and quarter turns of a picture uint8 [S,S,3], by numpy."""
+    net, info = models.load_checkpoint(file)
+    p = []
+    for turned in (picture, picture[:, ::-1]):
+        for turns in range(4):
+            pixels = np.rot90(turned, turns).transpose(2, 0, 1) / 255
+            pixels = (pixels - np.reshape(info["mean"], (3, 1, 1))) / np.reshape(info["std"], (3, 1, 1))
+            with torch.inference_mode():
+                logits = net.eval()(torch.tensor(pixels[None], dtype=torch.float32))[0].numpy()
+            p.append(scipy.special.softmax(logits.astype(float)))
+    assert np.ptp(p, axis=0).max() > 0.001, "the views differ"
+    return np.mean(p, 0)
+
+
+def test_tta_averages_probabilities_and_not_logits():
+    """Of a linear network, whose logits differ much between the views, turned and flipped by hand."""
+    torch.manual_seed(0)
+    net, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), torch.randn(2, 3, 8, 8)
+    net[1].weight.data *= 5
+    views = [images, images.rot90(1, (2, 3)), images.rot90(2, (2, 3)), images.rot90(3, (2, 3))]
+    views += [images.flip(2), images.flip(3), images.transpose(2, 3), images.flip(2, 3).transpose(2, 3)]
+    logits = np.array([net(view).detach().numpy() for view in views], float)
+    p = predict.predict_batch(net, images, tta=True)
+    assert p == pytest.approx(scipy.special.softmax(logits, 2).mean(0), abs=1e-6)
+    assert abs(p - scipy.special.softmax(logits.mean(0), 1)).max() > 0.05
+    plain = predict.predict_batch(net, images, tta=False)
+    assert plain == pytest.approx(scipy.special.softmax(logits[0], 1), abs=1e-6)
+
+
+def test_tta_is_the_mean_probability_of_eight_views(trained, tmp_path, monkeypatch):
+    """Of new images, and of two networks."""
+    runs, cells = trained
+    copy_cells(cells, cells.paths[:3], tmp_path / "new")
+    shutil.copytree(runs, tmp_path / "runs")
+    both = [checkpoint(tmp_path / "runs", fold) for fold in (0, 1)]
+    for file in both:
+        put_lively_network(file, len(cells.classes))
+    options = ("--images", tmp_path / "new", "--out", tmp_path / "out", "--no-heatmaps", "--tta")
+    command(monkeypatch, "--checkpoint", *both, *options)
+    for row in read(tmp_path / "out/predictions.csv"):
+        picture = datasets.resize(cells[list(cells.paths).index(row["path"])], 64)
+        expected = np.mean([mean_of_eight(file, picture) for file in both], 0)
+        assert [float(row[f"p_{label}"]) for label in cells.classes] == pytest.approx(expected, abs=2e-6)
+
+
+def test_tta_of_a_study_stands_beside_its_predictions(trained, tmp_path, monkeypatch, capsys):
+    """The same images, labels and columns in the same order; a copy called fold0_old is no fold."""
+    runs, cells = trained
+    shutil.copytree(runs, tmp_path / "runs")
+    folder = checkpoint(tmp_path / "runs", 0).parents[1]
+    shutil.copytree(folder / "fold0", folder / "fold0_old")
+    for fold in (0, 1):
+        put_lively_network(folder / f"fold{fold}/best.pt", len(cells.classes))
+    options = ("--model", "shufflenet_v2_x0_5", "--init", "random", "--runs", tmp_path / "runs", "--tta")
+    command(monkeypatch, *options)
+    written = [str(folder / f"fold{fold}" / "predictions_tta.csv") for fold in (0, 1)]
+    assert capsys.readouterr().out.splitlines() == written
+    for fold in (0, 1):
+        plain, rows = read(folder / f"fold{fold}/predictions.csv"), read(written[fold])
+        assert list(rows[0]) == list(plain[0])
+        assert [(row["path"], row["label"]) for row in rows] == [(row["path"], row["label"]) for row in plain]
+        picture = datasets.resize(cells[list(cells.paths).index(rows[5]["path"])], 64)
+        p = [float(rows[5][f"p_{label}"]) for label in cells.classes]
+        assert p == pytest.approx(mean_of_eight(folder / f"fold{fold}/best.pt", picture), abs=2e-6)
+        assert rows[5]["prediction"] == cells.classes[np.argmax(p)]
+    assert "--data" in refusal(monkeypatch, *options, "--data", cells.root.parent.parent / "cd")
+
+
 # ---------------------------------------------------------------- bad input
 def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     runs, cells = trained
@@ -399,7 +481,7 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, capsys):
     message = refusal(monkeypatch, "--checkpoint", checkpoint(runs, 0), tmp_path / "other.pt", *options)
     assert "other.pt: of different classes" in message
     assert not out.exists()
-    for args in ((), ("--checkpoint", "best.pt")):
+    for args in ((), ("--checkpoint", "best.pt"), ("--model", "resnet18", "--init", "random")):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             predict.main()
