@@ -205,7 +205,9 @@ def run(
         check_settings(folder, settings)
         if ranks()[0] == 0:
             images = {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
-            images |= {"root": os.path.abspath(cells.root), "left_out": info["unreadable"]}
+            images |= {"root": os.path.abspath(cells.root), "source": cells.source}
+            images["groups"] = None if cells.groups is None else len({*cells.groups})
+            images["left_out"] = info["unreadable"]
             config = settings | {"name": shared.name} | images | run_record(options)
             with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(config, handle, indent=1)
@@ -284,7 +286,7 @@ def main():
     parser.add_argument("--init", required=True, help=f"{inits}, others, or NAME=PATH")
     parser.add_argument("--name", help="name of the row in Table 4 and of its folder (default: the init)")
     parser.add_argument("--fold", type=int, nargs="+", help="folds to train, from 0 (default: all)")
-    parser.add_argument("--data", default="data/bm", help="folder of the data set")
+    parser.add_argument("--data", default="data/bm", help="folder, pattern or table of the data set")
     args = parser.parse_args()
     init, own = args.init.split("=")[0], args.runs / "pretrain" / args.model
     name = args.name or init
