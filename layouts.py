@@ -198,9 +198,9 @@ def open_folder(top):
         return open_coco(folder, name, coco)
     root, below = descend(top, IMAGE_TYPES)
     images, others = find_images(top)
-    for other in others:
-        if "." not in other and not other.endswith("/") and not os.path.exists(top / other):
-            raise SystemExit(f"{top / other}: a link that leads nowhere; mend or remove it")
+    for link in list_folder(root)[1]:  # a class on a disk that is not mounted, say
+        if "." not in link and not os.path.exists(root / link):
+            raise SystemExit(f"{root / link}: a link that leads nowhere; mend or remove it")
     images = [path.removeprefix(f"{root.relative_to(top)}/") for path in images]
     rows = {path: {"class": path.split("/")[0]} for path in images if "/" in path}
     if why := ambiguity([*rows]):
@@ -225,7 +225,7 @@ def words(name):
 
 
 def find_shared(paths):
-    """{folder: first folders that hold it} of several (or of masks), the images in them, {any folder: ...}."""
+    """{folder: first folders that hold it} of several, or of masks; the images in them; that of any."""
     holders, inside = collections.defaultdict(set), collections.defaultdict(list)
     for path in paths:
         label, *folders, _ = path.split("/")
@@ -267,7 +267,7 @@ def ambiguity(paths):
     if masks := [name for name in shared if words(name) & MASKS]:
         return f"{min(shared[masks[0]])} holds a folder {masks[0]}, which may be no cells"
     held = {*itertools.chain(*shared.values())}
-    if inside and 2 * len(inside) >= len(paths) and 2 * len(held) >= len(firsts):
+    if 2 * len(inside) > len(paths) and 2 * len(held) >= len(firsts):
         return (
             f"{', '.join(sorted(held)[:3])} hold folders of the same names ({', '.join(sorted(shared)[:5])})"
         )
@@ -281,7 +281,9 @@ def suggest(root, paths):
     companions, firsts = find_companions(paths), sorted({path.split("/")[0] for path in paths})
     tries = "{part}/{class} {class}/{part} {part}/{group}/{class} {part}/{class}/{group} {class}/{group}"
     tries = [*f"{tries} {{group}}/**/{{class}}/* {{class}}/* {{class}}/*/* */{{class}}".split()]
-    tries += [f"{escape(label)}/{{class}}" for label in firsts if words(label) <= SETS - MASKS]
+    tries += [
+        f"{escape(label)}/{{class}}" for label in firsts if words(label) and words(label) <= SETS - MASKS
+    ]
     for name in find_shared(paths)[0]:
         tries += [f"{{class}}/{escape(name)}", f"{{class}}/**/{escape(name)}/*"][
             : 2 * (not words(name) & MASKS)

@@ -127,7 +127,7 @@ def read_table(file, columns):
     times = collections.Counter(row[0] for row in rows)
     for row in rows:
         if "" in row[: len(columns)] or times[row[0]] > 1:
-            what = f"row {str(row)[:150]} is incomplete or one of several for that path"
+            what = f"row {str(row)[:150]} is incomplete or a second one for its path"
             raise SystemExit(f"{file}: {what}; correct it or make it anew")
     return [header[i] for i in order], rows
 
