@@ -258,7 +258,9 @@ def ambiguity(paths):
     deeper = collections.Counter(path.split("/")[0] for path in {os.path.dirname(path) for path in paths})
     whole = [label for label in firsts if words(label) and words(label) <= SETS]
     numbered = len({re.sub(r"\d+", "", label) for label in firsts}) == 1 < len(firsts)
-    named = all(words(label) & SETS - {*PARTS} for label in firsts) and (numbered or min(deeper.values()) > 1)
+    named = all(words(label) & SETS - {*PARTS} for label in firsts) and (
+        numbered or min(deeper.values(), default=0) > 1
+    )
     if named or 1 < len(whole) >= len(firsts) / 2:
         return f"{', '.join(sorted(firsts)[:3])} look like parts, patients or sets, not classes"
     shared, inside, holders = find_shared(paths)

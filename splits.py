@@ -192,6 +192,10 @@ def official_split(cells, seed=0):
         if groups is None:
             chosen &= np.bincount(targets)[targets] > 1  # the only image of a class trains
         parts[train[chosen]] = "val"
+    if cells.groups is not None:
+        kinds = collections.Counter(group for group, _ in {*zip(cells.groups.tolist(), parts.tolist())})
+        if torn := [group for group, number in kinds.items() if number > 1]:
+            print(f"{len(torn)} groups are in several official parts, e.g. {torn[0]}", file=sys.stderr)
     if "test" not in parts:
         print("no official test part: the validation images are predicted", file=sys.stderr)
     return parts[:, None]
