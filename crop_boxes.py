@@ -86,7 +86,7 @@ def open_picture(file, width, height):
     """A COCO set's picture and None, or None and why: turned by EXIF only if it has the JSON's size then."""
     try:
         sizes = {image.shape[1::-1]: image for image in (read_image(file), read_image(file, turn=False))}
-    except ValueError:
+    except (FileNotFoundError, ValueError):  # any other OSError is of the moment, and ends the cropping
         return None, "their image is missing or unreadable; once it is there, remove .crops"
     picture = sizes.get((width, height)) if width and height else [*sizes.values()][-1]
     return picture, None if picture is not None else "their image is not of the size that the JSON says"

@@ -2,14 +2,14 @@
 
     python datasets.py --data data/bm data/cd   # counts, sizes, mean and std, unreadable files, duplicates
 
-A data set is a folder: PatchCamelyon's HDF5 files, a COCO detection set (each box becomes one image), or
-class folders. Another format takes one opener that returns Cells, and one line in open_dataset.
+A data set is a folder, a pattern or a table: what they mean, and how to add a format, stands in layouts.py.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import fcntl
 import functools
@@ -20,11 +20,9 @@ import math
 import multiprocessing
 import os
 import pathlib
-import re
 import signal
 import sys
 import threading
-import unicodedata
 import warnings
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # we say ourselves which image cannot be read
@@ -35,46 +33,42 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .jp2 .j2k .ppm .pgm .pbm".split())
-OTHER_TYPES = tuple(
-    ".avif .heic .heif .jxl .jxr .jpx .dib .tga .psd .ico .svg .exr .dng .cr2 .svs .ndpi "
-    ".mrxs .scn .czi .lif .nd2 .vsi .dcm .npy .mat".split()
-)  # pictures that are not read
 SYSTEM = "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found thumbs thumbnails".split()
 OUTPUT = ["split.csv", "overlaps.csv", "predictions.csv", "data/*.json", "train/*/*/fold*", "pretrain/*/*/*"]
-# in the order of Table 5; classes of other data sets are in alphabetical order
-BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
 # Tables 1 and 2: images, classes, (counts and sizes are not printed,) channel mean ± std of red, green, blue
 PAPER = {
     "bm": ("171,374", 21, "", "", "0.5630 ± 0.2421", "0.4959 ± 0.2835", "0.7353 ± 0.1767"),
     "cd": ("48,587", 11, "", "", "0.7255 ± 0.2705", "0.7826 ± 0.2380", "0.8270 ± 0.1834"),
     "pcam": ("262,144 for training", 2, "", "", "0.7008 ± 0.2350", "0.5384 ± 0.2774", "0.6916 ± 0.2129"),
 }
-SOURCES = {
-    "bm": "doi.org/10.7937/TCIA.AXH3-T579",
-    "cd": "github.com/kuku-sichuan/ComparisonDetector",
-    "pcam": "github.com/basveeling/pcam",
-}
-PARTS = re.compile("train|test|val|image|mask|annotation", re.IGNORECASE)  # begin names that are no classes
 STATISTICS_SIZE = 224  # pixels; means and stds are taken after section 2.3's resize, whatever --image-size is
 CROP_SCALE, CROP_RATIO, ROTATION = (0.08, 1.0), (0.75, 4 / 3), 180.0  # section 2.3; 1.33 as torchvision's 4/3
-COCO = {"images", "annotations", "categories"}  # keys of its JSON files
 ORDER, AUGMENTATION = 1, 2  # begin the keys of random streams, since numpy pads short keys with zeros
-UNREADABLE = ("not an image that can be decoded", "an empty file", "No such file")  # read_image's words
 SHOWN = 50  # unreadable files, and groups of duplicates, that are printed (PatchCamelyon has thousands)
 
 
 # ---------------------------------------------------------------- images
 def read_image(file, turn=True):
-    """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it cannot be read.
+    """Decode an image file to uint8 RGB [H,W,3], turned as its EXIF says; ValueError if it is damaged.
 
     Transparent pixels become black; of several pages the first is read. 16 bits are scaled by the file's
-    depth: the smallest of 8, 10, 12, 14, 16 bits that holds its brightest value.
+    depth: the smallest of 8, 10, 12, 14, 16 bits that holds its brightest value. A file that the system does
+    not give is no damage: OSError with its name.
     """
+    content = read_file(file)
+    try:
+        return decode(np.frombuffer(content, np.uint8), turn)[0]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_file(file):
+    """A file's bytes; an OSError always has its name."""
     try:
         with open(file, "rb", buffering=0) as handle:  # half the time of np.fromfile
-            return decode(np.frombuffer(handle.read(), np.uint8), turn)[0]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
+            return handle.read()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def decode(data, turn=True):
@@ -200,6 +194,7 @@ class Cells:
     targets int64 [N], paths str [N] relative to root, files str [N] absolute (None where read(path) gives
     images that are no files), groups str [N] that no split may tear or None, parts official "train", "val" or
     "test" [N] or None: arrays, since reference counts of lists would copy every page into every worker.
+    source: the absolute folder, pattern or table that opens it again.
     """
 
     def __init__(
@@ -207,8 +202,9 @@ class Cells:
     ):
         self.root, self.name, self.classes, self.notes = pathlib.Path(root), name, list(classes), list(notes)
         self.paths, self.targets, self.read = np.asarray(paths, np.str_), np.asarray(targets, np.int64), read
+        self.source = os.path.abspath(root)
         if files is None and read is None:
-            files = [f"{os.path.abspath(root)}/{path}" for path in paths]
+            files = [os.path.join(self.source, path) for path in paths]
         columns = (files, groups, parts)
         self.files, self.groups, self.parts = [None if c is None else np.asarray(c, np.str_) for c in columns]
 
@@ -220,29 +216,18 @@ class Cells:
 
     def subset(self, indices):
         """The images at indices (integers or a mask), of the same classes."""
-        columns = [None if c is None else c[indices] for c in (self.files, self.groups, self.parts)]
-        paths, targets = self.paths[indices], self.targets[indices]
-        return Cells(self.root, self.name, self.classes, paths, targets, self.notes, self.read, *columns)
+        cells = copy.copy(self)
+        for name in ("paths", "targets", "files", "groups", "parts"):
+            column = getattr(self, name)
+            setattr(cells, name, None if column is None else column[indices])
+        return cells
 
 
 def open_dataset(path):
-    """Open a folder as Cells: PCam's HDF5 files, COCO's JSON, else class folders. SystemExit says why not."""
-    folder = pathlib.Path(path)
-    if not str(path) or not folder.is_dir():  # Path("") is the current folder
-        what = "a file, not a folder" if folder.is_file() else "no such folder"
-        source = f"get {SOURCES.get(folder.name, 'a data set')} and unpack it there, or name it with --data"
-        raise SystemExit(f"{path or repr(path)}: {what}; {source} (synthetic cells: bash run_all.sh --demo)")
-    name = folder.resolve().name
-    try:
-        folder = descend(folder, (*IMAGE_TYPES, ".json", ".h5"))[0]
-        if any(folder.glob("camelyonpatch_level_2_split_*")):
-            return open_pcam(folder, name)
-        coco = {file: read_json(file) for file in sorted(folder.glob("[!.]*.json"))}
-        coco = {file: some for file, some in coco.items() if isinstance(some, dict) and some.keys() >= COCO}
-        return open_coco(folder, name, coco) if coco else open_classes(folder, name)
-    except OSError as error:
-        why = f"{error.filename or folder}: {error.strerror or error}"
-        raise SystemExit(f"{why}; make it readable (and writable, for a COCO set's crops)") from None
+    """Open a folder, a pattern or a table as Cells (see layouts.py). SystemExit says why not."""
+    import layouts  # Cells and batches do without the file
+
+    return layouts.open_cells(str(path))
 
 
 def list_folder(folder):
@@ -254,122 +239,23 @@ def list_folder(folder):
 
 
 def find_images(folder):
-    """Sorted relative paths of the images below a folder, and of the pictures that are not read."""
-    found, unread, pending, start = [], [], [""], pathlib.Path(folder)
+    """Sorted paths, relative to a folder, of the images below it, and of all else (output of ours: name/).
+
+    Links are followed last, no folder is entered twice and none above this one: loops end.
+    """
+    images, others, pending, links, start = [], [], [""], [], pathlib.Path(folder)
     visited = {*map(os.path.realpath, start.absolute().parents), *map(str, start.resolve().parents)}
-    while pending:  # links are followed, but each folder is entered once and none above it: loops end
-        inside = pending.pop()
+    while pending or links:
+        inside = (pending or links).pop()
         real = os.path.realpath(start / inside)
-        below, files, _ = list_folder(real) if real not in visited else ([], [], [])
+        below, files, made = list_folder(real) if real not in visited else ([], [], [])
         visited.add(real)
-        pending += [f"{inside}{name}/" for name in below]
-        found += [inside + name for name in files if name.lower().endswith(IMAGE_TYPES)]
-        unread += [inside + name for name in files if os.path.splitext(name)[1].lower() in OTHER_TYPES]
-    return sorted(found), sorted(unread)
-
-
-def descend(folder, endings):
-    """Go down while a folder holds one folder and no such file: (folder, its folders' names, such files)."""
-    while True:
-        below, files, _ = list_folder(folder)
-        files = [name for name in files if name.lower().endswith(endings)]
-        if len(below) != 1 or files:
-            return folder, below, files
-        folder = folder / below[0]
-
-
-def open_classes(folder, name, notes=()):
-    """A folder of class folders, however deep: goes down while a folder holds one folder and no image."""
-    root, below, stray = descend(folder, IMAGE_TYPES)
-    for other in list_folder(root)[1]:
-        if "." not in other and not os.path.exists(root / other):  # of a disk that is not mounted, say
-            raise SystemExit(f"{root / other}: a link that leads nowhere; mend or remove it")
-    found = {label: find_images(root / label) for label in below}
-    images = {label: paths for label, (paths, _) in found.items() if paths}
-    classes = sorted(images, key=BM_CLASSES.index) if {*images} <= {*BM_CLASSES} else list(images)
-    if len(classes) < 2:
-        what = f"{len(classes)} class folder(s) with images and {len(stray)} images outside any (in {root})"
-        raise SystemExit(f"{folder}: {what}; at least 2 are needed: unpacked, one folder a class")
-    inside = [{path.split("/")[0] for path in images[label] if "/" in path} for label in classes]
-    alike = len(inside[0]) > 1 and all(names == inside[0] for names in inside)  # of train/A, train/B, test/A
-    numbered = any(re.fullmatch(r"\d+-\d+", name) or PARTS.match(name) for name in inside[0])
-    if (alike and not numbered) or sum(map(bool, map(PARTS.match, classes))) > 1:
-        why = f"{', '.join(classes[:3])} look like parts of a data set, not classes; name one with --data"
-        raise SystemExit(f"{root}: {why}, or put a COCO set's JSON files beside its image folders")
-    notes = [*notes, *(f"class folder {x} holds no image: left out" for x in below if x not in images)]
-    notes += [f"{root / made} is output of these scripts: left out" for made in list_folder(root)[2]]
-    if stray:
-        notes.append(f"{len(stray)} images lie in {root} outside any class folder: left out")
-    if unread := sum((others for _, others in found.values()), []):
-        endings = collections.Counter(os.path.splitext(path)[1].lower() for path in unread)
-        types = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
-        notes.append(f"{len(unread)} pictures of types that are not read: left out ({types})")
-    paths = [f"{label}/{image}" for label in classes for image in images[label]]
-    similar = collections.defaultdict(list)
-    for path in classes + paths:  # NFC: umlauts may be one character or, as on a Mac, two
-        key = unicodedata.normalize("NFC", path)
-        similar[key if "/" in path else "".join(key.casefold().split())].append(path)
-    similar = [names for names in similar.values() if len(names) > 1]
-    notes += [f"names that are almost the same: {', '.join(map(ascii, names))}" for names in similar]
-    counts = [len(images[label]) for label in classes]
-    return Cells(root, name, classes, paths, np.repeat(np.arange(len(classes)), counts), notes)
-
-
-def open_coco(folder, name, coco):
-    """A COCO set, {JSON file: content}: its boxes are cropped once, to the class folders .crops."""
-    import crop_boxes  # a conversion; other data sets do without the file
-
-    notes = crop_boxes.crop_once(folder, coco)
-    cells = open_classes(folder / ".crops", name, notes)
-    cells.groups = np.array([re.sub(r"_[^_]*$", "", path.split("/", 1)[1]) for path in cells.paths])
-    return cells
-
-
-def open_pcam(folder, name):
-    """PatchCamelyon's HDF5 files; paths are train/17, valid/3, test/5. Only the labels are read now."""
-    paths, parts, targets = [], [], []
-    for part, short in (("train", "train"), ("valid", "val"), ("test", "test")):
-        files = [folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy"]
-        if part == "test" and not any(file.exists() for file in files):
-            continue  # nothing here uses the test part
-        try:
-            x, y = (open_hdf5(str(file), os.getpid()) for file in files)
-            labels, shape = y["y"][()].reshape(-1), x["x"].shape
-        except (OSError, KeyError, AttributeError, TypeError) as error:
-            advice = f"fetch {files[0].name} and {files[1].name} again, unpacked and under these very names"
-            why = f"{error}".splitlines()[0]
-            raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
-        if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
-            raise SystemExit(
-                f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
-                "expected [N,96,96,3] and as many labels, 0 or 1"
-            )
-        paths += [f"{part}/{i}" for i in range(len(labels))]
-        parts += [short] * len(labels)
-        targets.append(labels)
-    read = functools.partial(read_patch, str(folder))
-    return Cells(folder, name, ["normal", "tumour"], paths, np.concatenate(targets), read=read, parts=parts)
-
-
-@functools.lru_cache(maxsize=12)
-def open_hdf5(file, process):
-    """An HDF5 file, opened once in each process, since handles don't survive a fork."""
-    import h5py
-
-    try:
-        return h5py.File(file, "r")
-    except OSError:  # reading needs no lock, which a file system may not have, or another program
-        return h5py.File(file, "r", locking=False)
-
-
-def read_patch(folder, path):
-    """Patch 'train/17' as uint8 RGB [96,96,3]; ValueError if it is damaged."""
-    part, index = path.split("/")
-    try:
-        file = open_hdf5(f"{folder}/camelyonpatch_level_2_split_{part}_x.h5", os.getpid())
-        return file["x"][int(index)]
-    except OSError as error:
-        raise ValueError(f"{folder}, patch {path}: {str(error).splitlines()[0]}") from None
+        for name in below:
+            (links if os.path.islink(f"{real}/{name}") else pending).append(f"{inside}{name}/")
+        for name in files:
+            (images if name.lower().endswith(IMAGE_TYPES) else others).append(inside + name)
+        others += [f"{inside}{name}/" for name in made]
+    return sorted(images), sorted(others)
 
 
 # ---------------------------------------------------------------- batches
@@ -508,32 +394,42 @@ def read_json(file):
 
 
 # ---------------------------------------------------------------- statistics and integrity
-def fingerprint(cells):
-    """SHA-256 over paths, labels and file sizes (of the root's files where images are none)."""
-    digest = hashlib.sha256(repr(cells.classes).encode())
-    digest.update("\0".join(cells.paths).encode(errors="surrogateescape") + cells.targets.tobytes())
+def stamp(cells):
+    """SHA-256 of what a pass depends on: place, paths, labels, parts, sizes and times of files.
+
+    The files are those of the root where images are none. OSError names one that is not there.
+    """
+    digest = hashlib.sha256(repr((os.path.realpath(cells.root), cells.classes)).encode())
+    for column in (cells.paths, cells.targets, cells.parts):
+        digest.update("\0".join(map(str, () if column is None else column)).encode(errors="surrogateescape"))
     files = sorted(cells.root.glob("[!.]*.*")) if cells.files is None else cells.files
-    sizes = [os.stat(file).st_size if os.path.exists(file) else -1 for file in files]
-    digest.update(np.array(sizes, np.int64).tobytes())
+    states = [os.stat(file) for file in files]
+    digest.update(np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64).tobytes())
     return digest.hexdigest()
 
 
 def inspect(cells, index):
-    """One image, judged strictly: (None or why not, SHA-1, (height, width), histogram [3,256], oddities)."""
+    """One image, judged strictly: (None or why not, SHA-1 of its file, picture, histogram [3,256], oddities).
+
+    picture: (height, width, SHA-1 of the pixels). An OSError with a file's name is no damage, and is raised.
+    """
     try:
         if cells.files is None:
             image, oddities = cells[index], []
             content = image.tobytes()
         else:
-            content = pathlib.Path(cells.files[index]).read_bytes()
+            content = read_file(str(cells.files[index]))
             Image.open(io.BytesIO(content)).load()  # raises on a file cut short, which OpenCV may decode
             image, oddities = decode(np.frombuffer(content, np.uint8))
-    except Exception as error:  # Pillow's decoders raise all sorts
+    except Exception as error:  # Pillow's decoders raise all sorts, OSErrors without a name among them
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
+            raise
         text = str(error).split(" <_io.")[0].splitlines()  # without the address of a buffer
         return f"{type(error).__name__}: {text[0] if text else 'unreadable'}", None, None, None, []
     small = resize(image, STATISTICS_SIZE)
     histogram = [np.bincount(small[..., channel].ravel(), minlength=256) for channel in range(3)]
-    return None, hashlib.sha1(content).digest(), image.shape[:2], np.array(histogram), oddities
+    picture = *image.shape[:2], hashlib.sha1(image.tobytes()).digest()
+    return None, hashlib.sha1(content).digest(), picture, np.array(histogram), oddities
 
 
 def in_threads(function, items, text, unit, threads=None):
@@ -555,72 +451,110 @@ def inspect_all(cells, workers=None):
 
 
 def check_dataset(cells, runs="runs", workers=None):
-    """One pass over a data set, kept as <runs>/data/<name>.json; made again when its fingerprint changes.
+    """scan's dict, kept as <runs>/data/<name>.json; made again when a file's place, size or time changes.
 
-    Returns a dict: fingerprint, classes, counts, mean and std (per channel, of resized pixels in [0,1], each
-    readable image counting equally; of official parts, train's), sizes, unreadable [[path, why]], duplicates
-    [[paths of equal content]], across_classes (how many of them differ in class), notes.
+    SystemExit if the system does not give a file, which is no damage, or if what is needed cannot be read.
     """
-    file, stamp = pathlib.Path(runs) / "data" / f"{cells.name}.json", fingerprint(cells)
+    file = pathlib.Path(runs) / "data" / f"{cells.name}.json"
     with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
-        if info.get("fingerprint") == stamp and info["notes"][: len(cells.notes)] == cells.notes:
-            return info
-        total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()  # exact sums
-        same, odd = collections.defaultdict(list), collections.defaultdict(list)
-        for index, (why, digest, shape, histogram, oddities) in enumerate(inspect_all(cells, workers)):
-            if why:
-                unreadable.append([str(cells.paths[index]), why])
-                continue
-            same[digest].append(index)
-            sizes["{1}x{0}".format(*shape)] += 1
-            for what in oddities:
-                odd[what].append(index)
-            if cells.parts is None or cells.parts[index] == "train":
-                total += histogram
-        if not total.any():
-            why = f"none of {len(cells)} images can be read, e.g. {': '.join(unreadable[0])}"
-            raise SystemExit(f"{cells.root}: {why}")
-        level, pixels = np.arange(256) / 255, total.sum(1)
-        mean = total @ level / pixels
-        variance = total @ level**2 / pixels - mean**2
-        notes = [f"{len(odd[what])} images {what}, e.g. {cells.paths[odd[what][0]]}" for what in sorted(odd)]
-        if (variance < 1e-9).any():  # an empty channel, say: normalised to 0, not to NaN
-            notes.append("a colour channel has one value in all images: its standard deviation is taken as 1")
-        twins = [group for group in same.values() if len(group) > 1]
-        across = [group for group in twins if len(set(cells.targets[group])) > 1]
-        if across:
-            examples = " and ".join(cells.paths[across[0]][:2])
-            notes.append(f"{len(across)} groups of equal images have several labels, e.g. {examples}")
-        info = {
-            "name": cells.name,
-            "root": str(cells.root),
-            "fingerprint": stamp,
-            "classes": cells.classes,
-            "counts": np.bincount(cells.targets, minlength=len(cells.classes)).tolist(),
-            "mean": mean.tolist(),
-            "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
-            "sizes": dict(sizes.most_common()),
-            "unreadable": unreadable,
-            "notes": cells.notes + notes,
-            "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
-            "across_classes": len(across),
-        }
-        with open_atomic(file, "w") as handle:
-            json.dump(info, handle, indent=1)
+        if info.get("root", str(cells.root)) != str(cells.root):
+            print(f"{file}: of {info['root']}, looking at {cells.root} anew", file=sys.stderr)
+        try:
+            now = stamp(cells)
+            if info.get("stamp") != now:
+                info = scan(cells, workers) | {"stamp": now}
+        except OSError as error:
+            why = f"{error.filename or cells.root}: {error.strerror or error}"
+            raise SystemExit(f"{why}; no damage that can be left out: put it right and start again") from None
+        if info.get("notes") != cells.notes + info["oddities"]:
+            info["notes"] = cells.notes + info["oddities"]
+            with open_atomic(file, "w") as handle:
+                json.dump(info, handle, indent=1)
     return info
 
 
+def scan(cells, workers=None):
+    """One pass over a data set.
+
+    Returns a dict: fingerprint (of labels, paths, contents), classes, counts, mean and std (per channel, of
+    resized pixels in [0,1], each readable image counting equally; of official parts, train's), sizes,
+    unreadable [[path, why]], oddities, duplicates [[paths of equal pixels]], across_classes (how many of them
+    differ in class). SystemExit if all images of a class are unreadable.
+    """
+    total, unreadable, sizes = np.zeros((3, 256), np.int64), [], collections.Counter()  # exact sums
+    same, odd = collections.defaultdict(list), collections.defaultdict(list)
+    contents = hashlib.sha256(repr([cells.classes, cells.targets.tolist()]).encode())
+    for index, (why, digest, picture, histogram, oddities) in enumerate(inspect_all(cells, workers)):
+        contents.update(cells.paths[index].encode(errors="surrogateescape") + b"\0" + (digest or b""))
+        if why:
+            unreadable.append([str(cells.paths[index]), why])
+            continue
+        same[picture].append(index)
+        sizes["{1}x{0}".format(*picture)] += 1
+        for what in oddities:
+            odd[what].append(index)
+        if cells.parts is None or cells.parts[index] == "train":
+            total += histogram
+    counts = np.bincount(cells.targets, minlength=len(cells.classes))
+    gone = np.isin(cells.paths, [path for path, _ in unreadable])
+    lost = np.bincount(cells.targets[gone], minlength=len(counts))
+    for label in np.flatnonzero((lost == counts) & (counts > 0)):
+        example = next(": ".join(row) for row in unreadable if row[0] in cells.paths[cells.targets == label])
+        why = (
+            f"none of the {counts[label]} images of class {cells.classes[label]} can be read, e.g. {example}"
+        )
+        raise SystemExit(f"{cells.root}: {why}; fetch them again, or take the class away")
+    if not total.any():
+        raise SystemExit(f"{cells.root}: no image of the part train can be read")
+    level, pixels = np.arange(256) / 255, total.sum(1)
+    mean = total @ level / pixels
+    variance = total @ level**2 / pixels - mean**2
+    notes = [f"{len(odd[what])} images {what}, e.g. {cells.paths[odd[what][0]]}" for what in sorted(odd)]
+    if (variance < 1e-9).any():  # an empty channel, say: normalised to 0, not to NaN
+        notes.append("a colour channel has one value in all images: its standard deviation is taken as 1")
+    twins = [group for group in same.values() if len(group) > 1]
+    across = [group for group in twins if len(set(cells.targets[group])) > 1]
+    if across:
+        examples = " and ".join(cells.paths[across[0]][:2])
+        notes.append(f"{len(across)} groups of equal images have several labels, e.g. {examples}")
+    return {
+        "name": cells.name,
+        "root": str(cells.root),
+        "fingerprint": contents.hexdigest(),
+        "classes": cells.classes,
+        "counts": counts.tolist(),
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
+        "sizes": dict(sizes.most_common()),
+        "unreadable": unreadable,
+        "oddities": notes,
+        "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
+        "across_classes": len(across),
+    }
+
+
 def open_checked(path, runs="runs"):
-    """The readable images of a data set as Cells, and check_dataset's dict; prints what is left out."""
+    """The readable images of a data set as Cells, and scan's dict; prints what it is and what is left out."""
     cells = open_dataset(path)
     info = check_dataset(cells, runs)
     unreadable = info["unreadable"]
     print(f"{cells.root}: {len(cells)} images in {len(cells.classes)} classes ({', '.join(cells.classes)})")
+    columns = {"class": np.array(cells.classes)[cells.targets], "part": cells.parts, "group": cells.groups}
+    for kind, column in columns.items():
+        names, first, counts = np.unique(
+            [] if column is None else column, return_index=True, return_counts=True
+        )
+        if kind == "group" and len(names):
+            print(f"  {len(names):,} groups, the largest of {counts.max():,} images")
+        for i in np.argsort(first, kind="stable")[: 1 if kind == "group" else SHOWN]:
+            print(f"  {kind} {names[i]}: {counts[i]:,}, e.g. {cells.paths[first[i]]}")
     notes = info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in unreadable[:5]]
-    if len(unreadable) > 5:
+    if unreadable:
         file = f"{runs}/data/{cells.name}.json"
-        notes.append(f"and {len(unreadable) - 5} unreadable images more, see {file}")
+        notes.append(
+            f"{len(unreadable)} unreadable images in all, see {file}; remove it to look at them again"
+        )
     for note in notes:
         print(f"  {note}", file=sys.stderr)
     return cells.subset(~np.isin(cells.paths, [path for path, _ in unreadable])), info
@@ -657,9 +591,10 @@ def end_in_a_line():
 
 
 def main():
-    end_in_a_line()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders of data sets")
+    parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders, patterns or tables")
     parser.add_argument("--runs", default="runs", help="folder that keeps the result, as data/<name>.json")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name

@@ -26,7 +26,8 @@ VALIDATION_PARTS = 5  # one of them validates: 20%
 def pretraining_parts(cells, seed=0):
     """Parts of Cells, str [N, 1] of train and val; what an official split keeps for testing is '' (2.4.2)."""
     if cells.parts is not None:
-        return np.where(cells.parts == "test", "", cells.parts)[:, None]
+        parts = splits.official_split(cells, seed)
+        return np.where(parts == "test", "", parts)
     number = len(cells) if cells.groups is None else len(set(cells.groups))
     if number < VALIDATION_PARTS:
         raise SystemExit(f"{cells.root}: cells of {number} images, at least {VALIDATION_PARTS} are needed")
@@ -38,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     train.add_options(parser)
     parser.add_argument("--init", required=True, help="what comes out: cd, imagenet+cd, NAME, ...")
-    parser.add_argument("--data", help="folder of the data set (default: data/ and the name in --init)")
+    parser.add_argument("--data", help="folder, pattern or table (default: data/ and the name in --init)")
     args = parser.parse_args()
     start, _, name = args.init.rpartition("+")
     if start not in ("", "imagenet") or not re.fullmatch(r"[\w.-]+", name) or name in ("random", "imagenet"):

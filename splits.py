@@ -10,6 +10,7 @@ train.py makes the first one itself if there is none, and uses the one it finds,
 import argparse
 import collections
 import csv
+import io
 import json
 import os
 import pathlib
@@ -101,19 +102,44 @@ def write_splits(file, paths, labels, parts):
 
 
 def read_table(file, columns):
-    """Header and rows (lists of str) of a CSV that begins with these columns; SystemExit if it is invalid."""
+    """Header and rows (lists of str) of a table, these columns first; SystemExit if it is invalid.
+
+    As programs and spreadsheets write it: separated by commas, semicolons or tabs, blank lines anywhere.
+    """
     try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            header, *rows = list(filter(None, csv.reader(handle))) or [[]]
-    except (OSError, csv.Error) as error:
+        content = pathlib.Path(file).read_bytes()
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = content.decode(encoding, "surrogateescape")
+        first = next(filter(str.strip, text.splitlines()), "")
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        header, *rows = [row for row in lines if any(map(str.strip, row))] or [[]]
+    except (OSError, UnicodeError, csv.Error) as error:
         raise SystemExit(f"{file}: cannot be read ({error}); correct it or name another") from None
-    times = collections.Counter(row[0] for row in rows)
-    wrong = [row for row in rows if "" in row or len(row) != len(header) or times[row[0]] > 1]
-    if header[: len(columns)] != columns or not rows or wrong:
-        row = f"row {str(wrong[:1])[1:150]} is incomplete, too long or a second one"
-        what = row if wrong else f"header {header}"
+    header = [name.strip().lower() for name in header]
+    while header and not header[-1]:  # a spreadsheet's empty columns
+        header.pop()
+    order = sorted(range(len(header)), key=lambda i: (columns + header).index(header[i]))
+    wrong = [row for row in rows if len(row) < len(header) or any(row[len(header) :])]
+    if not {*columns} <= {*header} or not rows or wrong:
+        what = f"row {str(wrong[0])[:150]} is incomplete or too long" if wrong else f"header {header}"
         raise SystemExit(f"{file}: no table of {','.join(columns)},... ({what}); correct it or make it anew")
-    return header, rows
+    rows = [[row[i] for i in order] for row in rows]
+    times = collections.Counter(row[0] for row in rows)
+    for row in rows:
+        if "" in row[: len(columns)] or times[row[0]] > 1:
+            what = f"row {str(row)[:150]} is incomplete or a second one for its path"
+            raise SystemExit(f"{file}: {what}; correct it or make it anew")
+    return [header[i] for i in order], rows
+
+
+def respell(rows, known):
+    """Rows that a spreadsheet saved as Windows-1252 (a path that is not known shows it) as they were."""
+    known = {*known}
+    for row in rows:
+        if row[0] not in known and re.search("[\udc80-\udcff]", row[0]):
+            raw = [[cell.encode("utf-8", "surrogateescape") for cell in row] for row in rows]
+            return [[cell.decode("cp1252", "replace") for cell in row] for row in raw]
+    return rows
 
 
 def read_splits(file):
@@ -137,7 +163,7 @@ def read_groups(sources, paths):
     links = []
     for source in sources:
         if source.lower().endswith(".csv"):
-            found = {row[0]: row[1] for row in read_table(source, ["path", "group"])[1]}
+            found = {row[0]: row[1] for row in respell(read_table(source, ["path", "group"])[1], paths)}
             names = [found.get(path) for path in paths]
         else:
             matches = [re.search(source, path) for path in paths]
@@ -153,23 +179,58 @@ def read_groups(sources, paths):
     return np.unique(component, return_index=True)[1][component]  # named by its first image
 
 
-def open_split(file, cells, unreadable=()):
-    """(images of a split among Cells, their parts: str [N, folds]); without a file, a new 5-fold split.
+def official_split(cells, seed=0):
+    """Official parts of Cells as one fold, str [N, 1]; without val a stratified fifth of train validates."""
+    parts = cells.parts.astype("<U5")
+    train = np.flatnonzero(parts == "train")
+    if not len(train):
+        raise SystemExit(f"{cells.root}: no image of the official parts {', '.join({*parts})} is of train")
+    if "val" not in parts:
+        print("no official validation part: a stratified fifth of train validates", file=sys.stderr)
+        targets, groups = cells.targets[train], None if cells.groups is None else cells.groups[train]
+        chosen = make_splits(targets, folds=5, seed=seed, groups=groups)[:, 0] == "test"
+        if groups is None:
+            chosen &= np.bincount(targets)[targets] > 1  # the only image of a class trains
+        parts[train[chosen]] = "val"
+    if cells.groups is not None:
+        kinds = collections.Counter(group for group, _ in {*zip(cells.groups.tolist(), parts.tolist())})
+        if torn := [group for group, number in kinds.items() if number > 1]:
+            print(f"{len(torn)} groups are in several official parts, e.g. {torn[0]}", file=sys.stderr)
+    if "test" not in parts:
+        print("no official test part: the validation images are predicted", file=sys.stderr)
+    return parts[:, None]
 
-    unreadable: paths that the split may name and cells lack. SystemExit if it does not fit the cells.
+
+def new_split(cells):
+    """The split of Cells for which there is no file: the official one, else 5 folds."""
+    if cells.parts is not None:
+        return official_split(cells)
+    images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
+    if few := [f"{name} ({number})" for name, number in images if number < 5]:
+        print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
+    return make_splits(cells.targets, groups=cells.groups)
+
+
+def open_split(file, cells, unreadable=()):
+    """(images of a split among Cells, their parts: str [N, folds]); without a file, a new one.
+
+    That is the official split where cells have parts, else of 5 folds. unreadable: paths that the split may
+    name and cells lack. SystemExit if it does not fit the cells.
     """
     import datasets  # the functions above do without
 
     names = np.array(cells.classes)[cells.targets]
     with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
-            parts = make_splits(cells.targets, groups=cells.groups)
+            try:
+                parts = new_split(cells)
+            except ValueError as error:
+                raise SystemExit(f"{cells.root}: {error}") from None
             write_splits(file, cells.paths, names, parts)
-            print(f"{file}: new stratified split into 5 folds")
-            images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
-            if few := [f"{name} ({number})" for name, number in images if number < 5]:
-                print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
+            kind = "the official split" if cells.parts is not None else "new stratified split into 5 folds"
+            print(f"{file}: {kind}")
     paths, labels, parts = read_splits(file)
+    paths, labels = zip(*respell([*zip(paths, labels)], cells.paths))
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:
         what = f"{len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. {gone[0]}"
@@ -232,9 +293,11 @@ def describe(targets, classes, parts, groups, twins):
 def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", default="data/bm", help="folder of the data set")
+    parser.add_argument("--data", default="data/bm", help="folder, pattern or table of the data set")
     parser.add_argument("--out", default="runs/split.csv", help="CSV to write")
-    parser.add_argument("--folds", type=int, default=5, help="each image is tested in one of them")
+    parser.add_argument(
+        "--folds", type=int, help="each image is tested in one (default: 5, or official parts)"
+    )
     parser.add_argument("--val", type=float, default=0.2, help="validation share of what is not tested")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", nargs="+", help="CSVs of path,group, or regular expressions for paths")
@@ -246,12 +309,18 @@ def main():
     paths, labels = cells.paths.tolist(), [cells.classes[target] for target in cells.targets]
     try:
         groups = read_groups(args.groups, paths) if args.groups else cells.groups
-        parts = make_splits(cells.targets, args.folds, args.val, args.seed, groups)
+        if cells.parts is not None and args.folds is None:
+            parts = official_split(cells, args.seed)
+        else:
+            if cells.parts is not None:
+                print("the official parts are pooled: their boundary is given up", file=sys.stderr)
+            folds = 5 if args.folds is None else args.folds
+            parts = make_splits(cells.targets, folds, args.val, args.seed, groups)
         twins = read_twins(pathlib.Path(args.out).parent, cells.name, paths)
         print(describe(cells.targets, cells.classes, parts, groups, twins))
         if not os.path.lexists(args.out):
             write_splits(args.out, paths, labels, parts)
-            return print(f"{args.out}: written, {len(paths):,} images in {args.folds} folds")
+            return print(f"{args.out}: written, {len(paths):,} images, {parts.shape[1]} fold(s)")
     except re.error as error:
         parser.error(f"--groups {' '.join(args.groups)}: not a regular expression ({error})")
     except ValueError as error:

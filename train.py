@@ -204,22 +204,17 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, f
             print(f"{folder}: finished, nothing to do")
             return 0
         net = make_net(fold)
-        options |= {
-            "memory_format": choose_memory_format(net, options),
-            "mean": info["mean"],
-            "std": info["std"],
-        }
+        options |= {"mean": info["mean"], "std": info["std"]}
+        options["memory_format"] = choose_memory_format(net, options)
         settings |= {"weights": file and digest(pathlib.Path(file))}
         settings |= {key: options[key] for key in ("amp", "memory_format")}
         settings["lr"] = lr = from_rank_0(find_rate) if lr == "auto" else lr
         check_settings(folder, settings)
         if ranks()[0] == 0:
-            record = {
-                "name": shared.name,
-                "root": os.path.abspath(cells.root),
-                "left_out": info["unreadable"],
-            }
+            record = {"name": shared.name, "root": os.path.abspath(cells.root), "source": cells.source}
             record |= {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
+            record["groups"] = None if cells.groups is None else len(set(cells.groups))
+            record["left_out"] = info["unreadable"]
             with datasets.open_atomic(folder / "config.json", "w") as handle:
                 json.dump(settings | record | run_record(options), handle, indent=1)
         engine.fit(folder, net, train, val, lr=lr, fold=fold, info={"model": model, "init": init}, **options)
@@ -305,7 +300,7 @@ def main():
     parser.add_argument("--init", required=True, help=f"{inits}, others, or NAME=PATH")
     parser.add_argument("--name", help="name of the row in Table 4 and of its folder (default: the init)")
     parser.add_argument("--fold", type=int, nargs="+", help="folds to train, from 0 (default: all)")
-    parser.add_argument("--data", default="data/bm", help="folder of the data set")
+    parser.add_argument("--data", default="data/bm", help="folder, pattern or table of the data set")
     args = parser.parse_args()
     init, own = args.init.split("=")[0], args.runs / "pretrain" / args.model
     name = args.name or init

@@ -262,15 +262,36 @@ DATA = [
         "empty folder",
         TRAIN + " --data {tmp}/bm",
         1,
-        "{tmp}/bm: 0 class folder|at least 2|one folder a class",
+        "{tmp}/bm: 0 class(es) with images|at least 2|one folder a class",
         empty,
     ),
-    case("a file", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: a file, not a folder", put("bm", "tar")),
+    case("a file", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: no table of path", put("bm", "tar")),
+    case(
+        "class folders in parts",
+        TRAIN + " --data {tmp}/bm",
+        1,
+        "{tmp}/bm: |look like parts|type --data '{tmp}/bm/{{part}}/{{class}}'",
+        lambda folder, kit: [write_cells(folder / "bm" / part, "AB", 2) for part in ("train", "test")],
+    ),
+    case("a pattern without a class", TRAIN + " --data '{tmp}/*/*.png'", 1, "fits none|below {tmp}"),
+    case(
+        "a part that is none",
+        SPLITS + " --data '{cells}/{{part}}/[0-4].png'",
+        1,
+        "no {{class}} or label, e.g. of A/0.png",
+    ),
+    case(
+        "a table without its images",
+        DATASETS + " {tmp}/cells.csv",
+        1,
+        "{tmp}/cells.csv: none of its 1 rows has an image|e.g. x.png",
+        put("cells.csv", "path,label\nx.png,A\n"),
+    ),
     case(
         "one class",
         TRAIN + " --data {tmp}/bm",
         1,
-        "{tmp}/bm/A|8 images outside any|at least 2",
+        "{tmp}/bm/A: 0 class(es)|8 ./*.png|at least 2",
         cells("A", 8),
     ),
     case(
@@ -284,11 +305,15 @@ DATA = [
         "all images unreadable",
         TRAIN + " --data {tmp}/bm",
         1,
-        "{tmp}/bm: none of 2 images can be read|A/1.jpg",
+        "{tmp}/bm: none of the 1 images of class A can be read|A/1.jpg",
         unreadable,
     ),
     case(
-        "images gone bad since", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm/|not an image|put it right", rotten
+        "images gone bad since",
+        TRAIN + " --data {tmp}/bm",
+        1,
+        "{tmp}/bm: none of the 8 images of class A can be read",
+        rotten,
     ),
     case(
         "pass over the data damaged",
@@ -549,14 +574,14 @@ CHECKPOINTS = [
         "last.pt cut short",
         TRAIN,
         1,
-        f"{FOLD}/last.pt: damaged or cut short|train it anew",
+        f"{FOLD}/last.pt: damaged or of another version|remove",
         to_go_on("last.pt", b"PK\3\4 half a file"),
     ),
     case(
         "last.pt of another program",
         TRAIN,
         1,
-        f"{FOLD}/last.pt: cannot resume|KeyError: 'net'|train it anew",
+        f"{FOLD}/last.pt: damaged or of another version|KeyError|remove",
         both(copied("runs", PREDICTIONS), saved(dict, f"runs/{FOLD}/last.pt")),
     ),
     case(
@@ -875,42 +900,6 @@ def test_evaluate_names_a_bad_file_and_makes_its_tables_of_the_rest(change, word
         line.split(",") for line in (tmp_path / "runs/results/table4.csv").read_text().splitlines()
     )
     assert dict(zip(header, row))["folds"] == "1" and "Traceback" not in out
-
-
-def test_a_driver_without_cuda_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch, capsys):
-    """A stub of nvidia-smi lists a GPU: --device auto refuses with PyTorch's reason, unless all GPUs are hidden."""
-    import train
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match=r"CUDA cannot start \(.+\).*--device cpu"):
-        train.choose_device("auto")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert train.choose_device("auto").type == "cpu" and "training on the CPU" in capsys.readouterr().err
-
-
-def test_out_of_memory_has_many_words():
-    """PyTorch's for CUDA, for cuDNN that finds no room to work in, and for the CPU."""
-    import train
-
-    for words in (
-        "CUDA out of memory. Tried to allocate 2.00 GiB",
-        "CUDA error: out of memory",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "GET was unable to find an engine to execute this computation",
-        "Unable to find a valid cuDNN algorithm to run convolution",
-        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
-    ):
-        line = train.explain(RuntimeError(words + "\nand more"))
-        assert words in line and "--batch-size" in line and "out of memory" in line and "\n" not in line
-    line = train.explain(
-        RuntimeError("CUDA error: no kernel image is available\nFor debugging\nCompile with DSA")
-    )
-    assert line == "CUDA error: no kernel image is available"  # not the advice below it
 
 
 def test_names_in_a_coco_file_lead_to_no_place_outside_the_data_set(mistake, tmp_path):

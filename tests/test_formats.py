@@ -5,10 +5,13 @@ SciPy's softmax and from what was written into a table.
 """
 
 import contextlib
+import csv
 import errno
+import itertools
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +24,8 @@ import torch
 from PIL import Image
 
 import datasets
+import engine
 import evaluate
-import train
 
 CATEGORIES = {3: "hsil", 7: "lsil"}
 
@@ -131,7 +134,7 @@ def test_boxes_without_a_cell_are_dropped_and_counted(tmp_path, capfd):
         "8 boxes dropped: width or height of 1 or less, no cell",
     ]
     with contextlib.chdir(tmp_path):
-        train.open_checked("cd", "runs")
+        datasets.open_checked("cd", "runs")
     assert "8 boxes dropped" in capfd.readouterr().err
     assert (
         datasets.open_dataset(tmp_path / "cd").notes == cells.notes
@@ -309,61 +312,270 @@ def test_a_set_unpacked_one_folder_too_deep_is_found(tmp_path, demo, inside):
         )
 
 
-PARTS = {
-    "names": ["train/1.png", "test/1.png"],
-    "capitals": ["Train/1.png", "Valid/1.png", "TEST/1.png"],
-    "COCO's": ["annotations/1.png", "images/1.png"],
-    "masks": ["images/1.png", "masks/1.png", "readme/1.png"],
-    "numbered": ["trainA/1.png", "testA/1.png", "test_simple/1.png"],
-    "whatever the names": ["A/eos/1.png", "A/lyt/1.png", "B/eos/1.png", "B/lyt/1.png"],
-    "grades": ["north/G1/1.png", "north/G2/1.png", "south/G1/1.png", "south/G2/1.png"],
-    "Raabin": [
-        f"{part}/{label}/1.png"
-        for part in ("TestA", "Train")
-        for label in ("Eosinophil", "Lymphocyte", "Monocyte")
-    ]
-    + ["TestB/Lymphocyte/1.png", "TestB/Monocyte/1.png"],
-}
-CLASSES = {
-    "TCIA": ["LYT/0001-1000/1.png", "LYT/1001-2000/2.png", "EOS/0001-1000/3.png", "EOS/1001-2000/4.png"],
-    "a class of TCIA twice": ["LYT/0001-1000/1.png", "ABE/0001-1000/2.png"],
-    "patients": [
-        "LYT/patient1/1.png",
-        "LYT/patient2/1.png",
-        "LYT/patient3/1.png",
-        "EOS/patient1/1.png",
-        "EOS/patient3/1.png",
-    ],
-    "parts below": ["LYT/train/1.png", "LYT/test/1.png", "EOS/train/1.png", "EOS/test/1.png"],
-    "one folder below": ["LYT/jpg/1.png", "EOS/jpg/1.png"],
-    "some below": ["LYT/a/1.png", "LYT/b/1.png", "EOS/1.png"],
-    "a test": ["test/1.png", "control/1.png"],
-    "other folders": ["LYT/a/1.png", "LYT/b/1.png", "EOS/c/1.png", "EOS/d/1.png"],
-}
-
-
 def touch(folder, names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
 
 
-@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
-def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
+def names_of(*levels):
+    """Paths of all combinations: names_of("AB", ("1.png", "2.png")) are A/1.png, A/2.png, B/1.png, B/2.png."""
+    return ["/".join(combination) for combination in itertools.product(*levels)]
+
+
+PNG, PATIENTS = ("cell1.png", "cell2.png"), [f"patient{i}" for i in range(6)]
+# layouts that people unpack: paths, a pattern that has to be advised, what it gives: (images, classes, groups)
+AMBIGUOUS = {
+    "COVID-19 Radiography": (names_of("AB", ("images", "masks"), PNG), "{class}/images", (4, "A B", None)),
+    "MP-IDB": (names_of("AB", ("gt", "img"), PNG), "{class}/img", (4, "A B", None)),
+    "masks of one class": (names_of("AB", PNG) + names_of("A", ["mask"], PNG), "{class}/*", (4, "A B", None)),
+    "Herlev": (names_of("AB", ("x1.BMP", "x1-d.bmp")), "{class}/*.BMP", (2, "A B", None)),
+    "BUSI": (names_of("AB", ("x (1).png", "x (1)_mask.png")), "{class}/*[!a-z].png", (2, "A B", None)),
+    "masks of another type": (names_of("AB", ("x.jpg", "x.png")), "{class}/*.jpg", (2, "A B", None)),
+    "augmented": (names_of("AB", ("x1.png", "x1_rot.png")), "{class}/*[0-9].png", (2, "A B", None)),
+    "SIPaKMeD": (
+        [
+            f"{label}/{label}/{name}"
+            for label in "AB"
+            for name in ("1.bmp", "CROPPED/1_01.bmp", "CROPPED/1_02.bmp")
+        ],
+        "{class}/**/CROPPED/*",
+        (4, "A B", None),
+    ),
+    "malaria": (names_of("AB", PNG) + names_of(["all"], "AB", PNG), "{class}/*", (4, "A B", None)),
+    "LC25000": (
+        [
+            "lung_image_sets/aca/1.png",
+            "lung_image_sets/n/1.png",
+            "colon_image_sets/c/1.png",
+            "colon_image_sets/d/1.png",
+        ],
+        "*/{class}",
+        (4, "aca c d n", None),
+    ),
+    "DeepAPL": (
+        [
+            f"P{i}/Signed slides/{label}/1.png"
+            for i in range(6)
+            for label in ("A", "B", "C")
+            if (i + ord(label)) % 4
+        ],
+        "{group}/**/{class}/*",
+        (14, "A B C", 6),
+    ),
+    "patients below": (names_of("AB", PATIENTS, PNG), "{class}/{group}", (24, "A B", 6)),
+    "BreakHis": (names_of("AB", ["SOB"], ("40X", "100X"), PNG), "{class}/**/40X/*", (4, "A B", None)),
+    "parts": (names_of(("Train", "Valid", "TEST"), "AB", PNG), "{part}/{class}", (12, "A B", None)),
+    "parts below": (names_of("AB", ("train", "test"), PNG), "{class}/{part}", (8, "A B", None)),
+    "parts and patients": (
+        names_of(("train", "test"), "AB", PATIENTS, PNG),
+        "{part}/{class}/{group}",
+        (48, "A B", 6),
+    ),
+    "Kaggle": (names_of(["train"], "AB", PNG) + names_of(["test"], PNG), "{part}/{class}", (4, "A B", None)),
+    "Raabin": (
+        names_of(("TestA", "Train"), "ABC", PNG) + names_of(["TestB"], "AB", PNG),
+        "Train/{class}",
+        (6, "A B C", None),
+    ),
+    "masks above": (names_of(("images", "masks"), "AB", PNG), "images/{class}", (4, "A B", None)),
+}
+TABLE_ALONE = {
+    "HAM10000": names_of(("HAM10000_images_part_1", "HAM10000_images_part_2"), PNG),
+    "ChestX-ray14": names_of(("images_001", "images_002"), ["images"], PNG),
+    "images and masks": names_of(("images", "masks", "readme"), PNG),
+    "parts without classes": names_of(("train", "test"), PNG),
+}
+CLEAR = {
+    "TCIA": names_of(("LYT", "EOS"), ("0001-1000", "1001-2000"), PNG),
+    "one folder below": names_of(("LYT", "EOS"), ["jpg"], PNG),
+    "other folders": names_of(["LYT"], "ab", PNG) + names_of(["EOS"], "cd", PNG) + ["NGS/1.png"],
+    "rapid tests": names_of(("test_negative", "test_positive"), PNG),
+    "a test": names_of(("test", "control"), PNG),
+    "numbers": names_of("0123", PNG),
+    "grades": names_of(("grade 1", "grade 2"), PNG),
+    "a few in a corner": names_of("AB", ("1.png", "2.png", "3.png")) + names_of("AB", ["unsure"], ["4.png"]),
+}
+
+
+def seen(cells):
+    """(images, class names, number of groups or None)."""
+    return len(cells), " ".join(cells.classes), None if cells.groups is None else len(set(cells.groups))
+
+
+@pytest.mark.parametrize("names, pattern, expected", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_an_ambiguous_folder_is_refused_with_the_pattern_to_type(tmp_path, names, pattern, expected):
+    """The pattern stands in the one line, ready for the shell; typed, it gives the images counted by hand."""
     touch(tmp_path, names)
-    with pytest.raises(
-        SystemExit, match=r"^[^\n]*look like parts of a data set, not classes[^\n]*--data[^\n]*$"
-    ):
+    with pytest.raises(SystemExit, match=r"^[^\n]+$") as refused:
+        datasets.open_dataset(tmp_path)
+    advised = shlex.split(str(refused.value).split("type --data ")[1].replace("(", "'(").replace(")", ")'"))
+    assert f"{tmp_path}/{pattern}" in advised and len([word for word in advised if word[:1] == "/"]) <= 3
+    assert seen(datasets.open_dataset(f"{tmp_path}/{pattern}")) == expected
+
+
+@pytest.mark.parametrize("names", TABLE_ALONE.values(), ids=TABLE_ALONE)
+def test_a_folder_that_no_pattern_explains_asks_for_a_table(tmp_path, names):
+    touch(tmp_path, names)
+    with pytest.raises(SystemExit, match=r"^[^\n]*look like parts[^\n]*table of path,label$"):
         datasets.open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("names", CLASSES.values(), ids=CLASSES)
-def test_classes_that_hold_folders_are_classes(tmp_path, names):
+@pytest.mark.parametrize("names", CLEAR.values(), ids=CLEAR)
+def test_class_folders_hold_images_at_any_depth(tmp_path, names):
     touch(tmp_path, names)
     cells = datasets.open_dataset(tmp_path)
-    assert sorted(cells.classes) == sorted({name.split("/")[0] for name in names}) and sorted(
-        cells.paths
-    ) == sorted(names)
+    assert {*cells.classes} == {name.split("/")[0] for name in names} and sorted(cells.paths) == sorted(names)
+
+
+# ---------------------------------------------------------------- patterns and tables
+@pytest.mark.parametrize("order", [("NGS", "LYT", "EOS"), ("a", "b c", "é")], ids=["Table 5", "alphabet"])
+def test_a_folder_and_its_pattern_are_the_same_images_in_the_same_order(tmp_path, order):
+    """Paths, labels, order and fingerprint: runs on either are the same byte for byte under one split.csv."""
+    for label in order:
+        for i in (10, 2, 1):
+            (tmp_path / "up" / label / "deep").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(i + ord(label[0]))).save(
+                tmp_path / "up" / label / ("deep" if i > 5 else ".") / f"{i}.png"
+            )
+    folder, pattern = (datasets.open_dataset(path) for path in (tmp_path, f"{tmp_path}/up/{{class}}"))
+    assert folder.classes == pattern.classes == list(order)
+    assert folder.paths.tolist() == pattern.paths.tolist() and (folder.targets == pattern.targets).all()
+    infos = [datasets.check_dataset(cells, tmp_path / "runs") for cells in (folder, pattern)]
+    assert infos[0]["fingerprint"] == infos[1]["fingerprint"]
+
+
+PATTERNS = {  # by hand, of FILES
+    "{class}/*": (3, "A B", None),
+    "{class}": (8, "A B", None),
+    "{class}/": (8, "A B", None),
+    "{class}/**": (8, "A B", None),
+    "{class}/P_{group}": (4, "A B", 2),
+    "{class}/P_{group}/*.png": (3, "A B", 2),
+    "{class}/P_[0-1]/*": (2, "A B", None),
+    "{class}/P_[!0-1]": (2, "A B", None),
+    "{class}/**/2.png": (2, "A B", None),
+    "{class}/odd{{1}}/*": (1, "A", None),
+}
+FILES = "A/1.png A/2.jpg B/1.png A/P_1/1.png A/P_2/2.png B/P_1/2.png B/P_2/x.jpg A/odd{1}/1.png B/notes.txt".split()
+
+
+@pytest.mark.parametrize("pattern, expected", PATTERNS.items())
+def test_patterns_mean_what_they_say(tmp_path, pattern, expected):
+    touch(tmp_path / "s e t", FILES)
+    path = f"{tmp_path}/s e t/{pattern}"
+    if " " not in expected[1]:
+        with pytest.raises(SystemExit, match=r"1 class\(es\)"):
+            datasets.open_dataset(path)
+        return
+    cells = datasets.open_dataset(path)
+    assert seen(cells) == expected and cells.root == tmp_path / "s e t" and cells.source == path.rstrip("/")
+    left = len(FILES) - expected[0]
+    assert cells.notes[0].startswith(f"{left} files left out: ") and "1 *.txt" in cells.notes[0]
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("{class}/{class}", "{class} is there twice"),
+        ("{group}/{class}/{group}", "{group} is there twice"),
+        ("{label}/*", "{label} is none of class, group, part"),
+        ("{class/*", "a single brace"),
+        ("*/1.png", "no {class}"),
+        ("{class}/*.gif", "fits none of the 8 images below"),
+        ("{part}/{class}", "no part: A, B; parts are train, training, test, testing, val, valid"),
+    ],
+)
+def test_a_wrong_pattern_ends_in_one_line(tmp_path, pattern, words):
+    touch(tmp_path, FILES)
+    with pytest.raises(SystemExit, match=r"^[^\n]+$") as refused:
+        datasets.open_dataset(f"{tmp_path}/{pattern}")
+    assert words in str(refused.value)
+
+
+def test_parts_have_many_names(tmp_path):
+    usual = {"train": "TRAIN Training", "val": "Val valid VALIDATION dev", "test": "test Testing"}
+    names = {name: part for part, few in usual.items() for name in few.split()}
+    touch(tmp_path, names_of(names, "AB", PNG))
+    cells = datasets.open_dataset(f"{tmp_path}/{{part}}/{{class}}")
+    assert [names[path.split("/")[0]] for path in cells.paths] == cells.parts.tolist()
+    assert cells.subset(np.arange(3)).parts.tolist() == cells.parts[:3].tolist()
+
+
+TABLE = [
+    ["path", "label", "group", "part"],
+    ["a/1.png", "B", "p, 1", "train"],
+    ["a/2.png", "A", 'p"2"', "test"],
+]
+TABLE += [["b/ä.png", "B", "p3", "dev"]]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_table_is_read_as_spreadsheets_write_it(tmp_path, delimiter, encoding):
+    """Blank rows, empty columns, columns in another order or of no use to us."""
+    touch(tmp_path, [row[0] for row in TABLE[1:]])
+    order, rows = [2, 0, 3, 1], [["", "", "", ""], *TABLE, ["", "", "", ""]]
+    with open(tmp_path / "cells.csv", "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([*(row[i] for i in order), "", ""] for row in rows)
+    cells = datasets.open_dataset(tmp_path / "cells.csv")
+    assert cells.paths.tolist() == ["a/2.png", "a/1.png", "b/ä.png"] and cells.classes == ["A", "B"]
+    assert cells.groups.tolist() == ['p"2"', "p, 1", "p3"] and cells.parts.tolist() == [
+        "test",
+        "train",
+        "val",
+    ]
+    assert cells.targets.tolist() == [0, 1, 1] and cells.notes == [] and cells.root == tmp_path
+
+
+def test_rows_without_an_image_and_images_without_a_row_are_counted(tmp_path):
+    touch(tmp_path, ["1.png", "2.png", "3.png", "more/4.png", "C.zip", "notes"])
+    (tmp_path / "t.csv").write_text(f"label,path\nA,./1.png\nB,{tmp_path}/2.png\nA,gone.png\nB,9.png\n")
+    cells = datasets.open_dataset(str(tmp_path / "t.csv"))
+    assert cells.paths.tolist() == ["1.png", "2.png"] and cells.notes == [
+        "2 rows without an image: left out, e.g. gone.png",
+        "2 images without a row: left out, e.g. 3.png",
+        "2 files left out: 1 *.zip, 1 without an ending",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("path,label\n1.png,A\n2.png,B\n1.png,B\n", "['1.png', 'A']|second one"),
+        ("path,label\n1.png,A\n2.png,B\n./1.png,B\n", "1.png is there twice|'A'|'B'"),
+        ("path,label,group\n1.png,A,\n2.png,B,x\n", "no group of 1.png"),
+        ("path,label\n1.png,\n2.png,B\n", "no {class} or label|1.png"),
+        ("path,label,part\n1.png,A,fold1\n2.png,B,train\n", "no part: fold1"),
+        ("path,label\n1,A\n2,B\n", "none of its 2 rows has an image|e.g. 1"),
+        ("image,dx\n1.png,A\n", "no table of path|['image', 'dx']"),
+        ("path,label\n1.png,A\n2.png,A\n", "1 class"),
+        ("PK\x03\x04", "no table of path"),
+    ],
+)
+def test_a_wrong_table_ends_in_one_line(tmp_path, content, words):
+    touch(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "cells.csv").write_text(content)
+    with pytest.raises(SystemExit, match=r"^[^\n]+$") as refused:
+        datasets.open_dataset(tmp_path / "cells.csv")
+    assert all(word in str(refused.value) for word in words.split("|"))
+
+
+def test_what_was_understood_is_printed_before_anything_is_trained(tmp_path, capsys):
+    """Classes and parts with counts and an example each, the number of groups."""
+    for i, name in enumerate(names_of(("train", "test"), "AB", ["p1", "p2"], ["1.png"])):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i)).save(tmp_path / name)
+    datasets.open_checked(f"{tmp_path}/{{part}}/{{class}}/{{group}}", tmp_path / "runs")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: 8 images in 2 classes (A, B)",
+        "  class A: 4, e.g. test/A/p1/1.png",
+        "  class B: 4, e.g. test/B/p1/1.png",
+        "  part test: 4, e.g. test/A/p1/1.png",
+        "  part train: 4, e.g. train/A/p1/1.png",
+        "  2 groups, the largest of 4 images",
+        "  group p1: 4, e.g. test/A/p1/1.png",
+    ]
 
 
 def test_pictures_are_cropped_once_and_a_changed_json_is_said(tmp_path):
@@ -650,7 +862,7 @@ def test_a_single_folder_beside_an_image_is_not_gone_down(tmp_path):
     for path in ("bm/A/1.png", "bm/B/1.png", "stray.png"):
         (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / path).touch()
-    with pytest.raises(SystemExit, match=r"^[^\n]*mine: 1 class folder[^\n]*at least 2[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^[^\n]*mine: 1 class[^\n]*at least 2[^\n]*$"):
         datasets.open_dataset(tmp_path / "mine")
     (tmp_path / "mine/stray.png").unlink()
     assert datasets.open_dataset(tmp_path / "mine").classes == ["A", "B"]
@@ -705,7 +917,7 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
     cells = datasets.Cells(tmp_path, "mine", NAMES, paths, np.arange(len(paths)) % len(NAMES))
     logits = rng.standard_normal((len(paths), len(NAMES))) * rng.choice([1, 30, 1000], len(paths))[:, None]
     logits = torch.from_numpy(logits.astype(np.float32))
-    train.write_predictions(tmp_path / "predictions.csv", cells, logits)
+    engine.write_predictions(tmp_path / "predictions.csv", cells, logits)
     read = evaluate.read_predictions(tmp_path / "predictions.csv")
     assert list(read.paths) == paths
     assert [read.classes[i] for i in read.labels] == [NAMES[i % len(NAMES)] for i in range(len(paths))]

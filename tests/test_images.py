@@ -4,6 +4,7 @@ Truth comes from the NumPy arrays that the files were made of, from Pillow's dec
 something, and from files written here byte by byte (PNG and TIFF of 16 bits a channel, a picture of 90 million pixels).
 """
 
+import errno
 import os
 import shutil
 import struct
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import crop_boxes
 import datasets
 import evaluate
 import train
@@ -263,8 +265,8 @@ def test_several_pages_are_counted_aloud(tmp_path, name):
     assert f"note: {info['notes'][0]}" in datasets.describe(info)
 
 
-def test_pictures_of_other_types_are_counted_aloud(tmp_path, capsys):
-    """Per ending; files that are no pictures are not mentioned; the count is there although an earlier pass is kept."""
+def test_files_that_are_not_read_are_counted_aloud(tmp_path, monkeypatch, capsys):
+    """Per ending, whatever they are; the count is there although an earlier pass is kept, and costs no new one."""
     good(tmp_path / "mine")
     assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == []
     for name in (
@@ -278,21 +280,22 @@ def test_pictures_of_other_types_are_counted_aloud(tmp_path, capsys):
     ):
         (tmp_path / "mine" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "mine" / name).touch()
-    note = "4 pictures of types that are not read: left out (2 .heic, 1 .avif, 1 .svs)"
-    assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [note]
-    train.open_checked(tmp_path / "mine", tmp_path / "runs")
+    note = "5 files left out: 2 *.heic, 1 *.avif, 1 *.svs, 1 *.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "inspect", None)
+        assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == [note]
+    datasets.open_checked(tmp_path / "mine", tmp_path / "runs")
     assert note in capsys.readouterr().err
 
 
 def test_all_types_that_are_read_are_read_by_both_decoders(tmp_path):
-    """Written by Pillow, read by Pillow and OpenCV to the same pixels; what OpenCV cannot read is on the other list."""
+    """Written by Pillow, read by Pillow and OpenCV to the same pixels."""
     for ending in datasets.IMAGE_TYPES:
         grey = PICTURE.convert({".pbm": "1", ".pgm": "L"}.get(ending, "RGB"))
         grey.save(tmp_path / f"a{ending}", **({"quality": 95} if ending in (".jfif", ".jpe") else {}))
         with Image.open(tmp_path / f"a{ending}") as image:
             theirs = np.asarray(image.convert("RGB")).astype(int)
         assert np.abs(datasets.read_image(tmp_path / f"a{ending}") - theirs).max() <= 1, ending
-    assert not {*datasets.IMAGE_TYPES} & {*datasets.OTHER_TYPES}
 
 
 # ---------------------------------------------------------------- names and folders
@@ -427,7 +430,8 @@ def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
         and cells.targets.tolist() == [0, 0, 0, 1]
     )
     notes = "\n".join(cells.notes)
-    assert len(cells.notes) == 3 and "2 images" in notes and "outside any class folder" in notes
+    left = "8 files left out: 2 *.txt, 1 ./*.jpg, 1 ./*.png, 1 *.db, 1 *.part, 1 *.csv, 1 without an ending"
+    assert len(cells.notes) == 3 and cells.notes[2] == left
     assert "class folder empty holds no image" in notes and "class folder hollow holds no image" in notes
 
 
@@ -476,7 +480,10 @@ def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
     (tmp_path / "elsewhere/back").symlink_to(root)
     cells = datasets.open_dataset(root)
     assert cells.paths.tolist() == ["A/3.png", "A/in/1.png", "B/far/2.png", "B/in/1.png"]
-    assert cells.notes == ["class folder loop holds no image: left out"]
+    assert cells.notes == [
+        "class folder loop holds no image: left out",
+        "2 files left out: 2 without an ending",
+    ]
     (tmp_path / "linked").symlink_to(root)  # the data set by another name
     assert datasets.open_dataset(tmp_path / "linked").paths.tolist() == cells.paths.tolist()
 
@@ -505,8 +512,8 @@ def test_system_folders_and_our_own_output_are_no_data(tmp_path, without_rights,
         cells = datasets.open_dataset(folder / "mine")
         assert datasets.find_images(folder / "mine")[0] == sorted(cells.paths.tolist())
     assert cells.classes == ["A", "B"] and len(cells) == 6
-    assert sorted(cells.notes) == [
-        f"{folder}/mine/{name} is output of these scripts: left out" for name in ("runs", "seen")
+    assert cells.notes == [
+        "2 files left out: 1 output of these scripts (runs/), 1 output of these scripts (seen/)"
     ]
     (folder / "mine/lost+found").chmod(0o755)
 
@@ -521,7 +528,7 @@ def test_runs_beside_the_data_at_the_second_start(tmp_path, monkeypatch, capsys)
     PICTURE.save(tmp_path / "runs/results/overlaps.png")
     datasets.main()
     out = capsys.readouterr().out
-    assert out.count("classes   2\n") == 2 and out.count("runs is output of these scripts: left out") == 1
+    assert out.count("classes   2\n") == 2 and out.count("1 output of these scripts (runs/)") == 1
 
 
 @pytest.mark.long
@@ -537,7 +544,7 @@ def test_100000_files_in_one_folder_are_indexed_within_seconds(tmp_path):
     start = time.perf_counter()
     cells = datasets.open_dataset(tmp_path / "mine")
     opened = time.perf_counter() - start
-    datasets.fingerprint(cells)
+    datasets.stamp(cells)
     both = time.perf_counter() - start
     print(f"opened in {opened:.2f} s, fingerprint {both - opened:.2f} s")
     assert len(cells) == 100_001 and len(set(cells.paths.tolist())) == 100_001 and opened < 5 and both < 15
@@ -603,38 +610,49 @@ def test_pictures_of_too_many_pixels_are_left_out_whichever_thread_meets_them(tm
     assert warnings.filters == filters
 
 
-def test_files_that_the_system_does_not_give_are_left_out(tmp_path):
-    """Links to nothing and to themselves, a picture of 32-bit numbers; a pass that says the same each time."""
-    good(tmp_path / "mine")
-    (tmp_path / "mine/A/nowhere.png").symlink_to("gone.png")
-    (tmp_path / "mine/A/self.png").symlink_to("self.png")
-    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(
-        tmp_path / "mine/B/float.tif"
-    )
-    (tmp_path / "mine/B/empty.png").touch()
-    info = check(tmp_path / "mine", tmp_path / "runs")
-    assert [path for path, _ in info["unreadable"]] == [
-        "A/nowhere.png",
-        "A/self.png",
-        "B/empty.png",
-        "B/float.tif",
-    ]
-    assert all(why for _, why in info["unreadable"])
-    assert check(tmp_path / "mine", tmp_path / "again")["unreadable"] == info["unreadable"]
-    with pytest.raises(ValueError, match=r"^[^\n]*B/empty.png: an empty file$"):
-        datasets.read_image(tmp_path / "mine/B/empty.png")
+def test_a_file_that_the_system_does_not_give_is_no_damage(tmp_path, without_rights, monkeypatch):
+    """A link to nothing or to itself, missing rights, a stale handle: one line that names it, and nothing is kept.
 
-
-def test_files_and_folders_of_other_people(without_rights):
-    """A file without the right to read it is left out; a class folder without it ends the run, since its images would be missed."""
+    Once it is whole, the very same call finds every image. Nor may boxes be left out for it when they are cropped.
+    """
     folder, context = without_rights
     good(folder / "mine")
-    (folder / "mine/A/good 2.png").chmod(0)
-    (folder / "runs").mkdir()
+    (folder / "runs").mkdir(mode=0o777)
     (folder / "runs").chmod(0o777)
-    with context():
-        ((path, why),) = check(folder / "mine", folder / "runs")["unreadable"]
-    assert path == "A/good 2.png" and "Permission denied" in why
+    for target, why in (
+        ("gone.png", "No such file"),
+        ("link.png", "Too many levels"),
+        (None, "Permission denied"),
+    ):
+        file = folder / "mine/A/link.png"
+        file.unlink(missing_ok=True)
+        file.symlink_to(target) if target else file.touch(mode=0)
+        with context(), pytest.raises(SystemExit, match=rf"^[^\n]*mine/A/link.png: {why}[^\n]*$"):
+            check(folder / "mine", folder / "runs")
+        with context(), pytest.raises(OSError, match=why) as refused:
+            datasets.read_image(file)
+        assert refused.value.filename == str(file)
+    shutil.copy(folder / "mine/A/good 0.png", folder / "mine/A/other.png")
+    os.replace(folder / "mine/A/other.png", file)
+
+    def read_stale(file):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "read_file", read_stale)
+        with pytest.raises(SystemExit, match=r"^[^\n]*Stale file handle[^\n]*$"):
+            check(folder / "mine", folder / "runs")
+        patch.setattr(crop_boxes, "read_image", read_stale)
+        with pytest.raises(OSError, match="Stale"):
+            crop_boxes.open_picture(file, 9, 9)
+    assert not list(folder.glob("runs/data/*.json"))
+    assert check(folder / "mine", folder / "runs")["unreadable"] == []
+
+
+def test_a_class_folder_without_rights_ends_the_run(without_rights):
+    """Its images would be missed."""
+    folder, context = without_rights
+    good(folder / "mine")
     (folder / "mine/B").chmod(0)
     try:
         with context(), pytest.raises(SystemExit, match=r"^[^\n]*mine/B: Permission denied[^\n]*$"):
@@ -643,15 +661,44 @@ def test_files_and_folders_of_other_people(without_rights):
         (folder / "mine/B").chmod(0o755)
 
 
+def test_files_that_hold_no_picture_are_left_out(tmp_path):
+    """A picture of 32-bit numbers and an empty file; a pass that says the same each time."""
+    good(tmp_path / "mine")
+    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(
+        tmp_path / "mine/B/f.tif"
+    )
+    (tmp_path / "mine/B/empty.png").touch()
+    info = check(tmp_path / "mine", tmp_path / "runs")
+    assert [path for path, _ in info["unreadable"]] == ["B/empty.png", "B/f.tif"]
+    assert check(tmp_path / "mine", tmp_path / "again")["unreadable"] == info["unreadable"]
+    with pytest.raises(ValueError, match=r"^[^\n]*B/empty.png: an empty file$"):
+        datasets.read_image(tmp_path / "mine/B/empty.png")
+
+
+def test_a_class_of_which_nothing_can_be_read_ends_the_run(tmp_path):
+    """Git LFS's pointers in place of pictures: two classes are needed after reading, not before."""
+    good(tmp_path / "mine")
+    for i in range(4):
+        (tmp_path / "mine/C").mkdir(exist_ok=True)
+        (tmp_path / f"mine/C/{i}.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        SystemExit, match=r"^[^\n]*none of the 4 images of class C can be read, e.g. C/0.jpg[^\n]*$"
+    ):
+        check(tmp_path / "mine", tmp_path / "runs")
+    assert not (tmp_path / "runs/data/mine.json").exists()
+    PICTURE.save(tmp_path / "mine/C/0.jpg")
+    assert len(check(tmp_path / "mine", tmp_path / "runs")["unreadable"]) == 3
+
+
 def test_training_names_what_it_leaves_out(tmp_path, capsys):
     """Seven files of 20: five by name and reason, the others by number; the cells that remain keep class and order."""
     good(tmp_path / "mine", 13)
     for i in range(7):
         (tmp_path / f"mine/A/broken {i}.png").write_bytes(b"x" * i)
-    cells, info = train.open_checked(tmp_path / "mine", tmp_path / "runs")
+    cells, info = datasets.open_checked(tmp_path / "mine", tmp_path / "runs")
     said = capsys.readouterr().err.splitlines()
     assert [f"broken {i}.png cannot be read" in line for i, line in zip(range(5), said)] == [True] * 5
-    assert len(said) == 6 and "2 unreadable images more" in said[5] and "mine.json" in said[5]
+    assert len(said) == 6 and "7 unreadable images" in said[5] and "mine.json; remove it to look" in said[5]
     kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [
         f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)
     ]

@@ -492,6 +492,79 @@ def test_a_published_split_from_a_spreadsheet_is_read_as_it_stands(tmp_path):
     assert parts.tolist() == [["test", "train", "train"], ["val", "val", "test"]]
 
 
+@pytest.mark.parametrize("how", ["semicolon", "tab", "cp1252", "utf-16", "blank"])
+def test_a_spreadsheet_may_have_saved_the_split_and_the_groups(tmp_path, how):
+    """An umlaut that became Windows-1252 is known by the file's name; a blank row is no row."""
+    import datasets
+
+    names = [f"{label}/ä{i}.png" for label in ("A", "Bä") for i in range(10)]
+    write_tree(tmp_path / "data", names)
+    cells = datasets.open_dataset(tmp_path / "data")
+    _, before = splits.open_split(tmp_path / "split.csv", cells)
+    encoding, delimiter = {"cp1252": "cp1252", "utf-16": "utf-16"}.get(how, "utf-8-sig"), ","
+    delimiter = {"semicolon": ";", "tab": "\t", "utf-16": "\t"}.get(how, ",")
+    groups = [["path", "group"], *([name, name[:2]] for name in names)]
+    for file, rows in (("split.csv", None), ("groups.csv", groups)):
+        rows = rows or list(csv.reader(open(tmp_path / file, newline="", encoding="utf-8")))
+        rows += [[""] * len(rows[0])] * 2 * (how == "blank")
+        with open(tmp_path / file, "w", newline="", encoding=encoding) as handle:
+            csv.writer(handle, delimiter=delimiter).writerows(rows)
+    _, after = splits.open_split(tmp_path / "split.csv", cells)
+    assert (after == before).all()
+    assert len(set(splits.read_groups([str(tmp_path / "groups.csv")], cells.paths.tolist()))) == 2
+
+
+# ---------------------------------------------------------------- official parts
+def official(tmp_path, parts, groups=None):
+    """Cells of two classes with these official parts, half of each class a."""
+    import datasets
+
+    number = len(parts)
+    paths = [f"{'AB'[i % 2]}/{i}.png" for i in range(number)]
+    return datasets.Cells(tmp_path, "mine", "AB", paths, np.arange(number) % 2, groups=groups, parts=parts)
+
+
+def test_official_parts_are_the_one_fold(tmp_path, capsys):
+    parts = ["train", "val", "test", "train", "train", "train"] * 5
+    cells = official(tmp_path, parts)
+    assert splits.open_split(tmp_path / "split.csv", cells)[1][:, 0].tolist() == parts
+    assert splits.read_splits(tmp_path / "split.csv")[2].shape == (30, 1) and capsys.readouterr().err == ""
+    published = splits.make_splits(cells.targets, folds=3)
+    splits.write_splits(tmp_path / "other.csv", cells.paths, np.array(["A", "B"])[cells.targets], published)
+    assert (splits.open_split(tmp_path / "other.csv", cells)[1] == published).all()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_without_official_validation_a_stratified_fifth_of_train_validates(tmp_path, capsys, grouped):
+    """No test image moves, no group is torn, and the only image of a class stays to be trained on."""
+    parts, groups = ["train"] * 80 + ["test"] * 20, np.arange(100) // 2 // 2 if grouped else None
+    split = splits.official_split(official(tmp_path, parts, groups))[:, 0]
+    assert (split[80:] == "test").all() and (split[:80] == "val").sum() == 16
+    assert [(split[label:80:2] == "val").sum() for label in (0, 1)] == [8, 8]
+    if grouped:
+        assert all(len(set(split[groups == group])) == 1 for group in groups[:80])
+    assert "a stratified fifth of train validates" in capsys.readouterr().err
+    cells = official(tmp_path, ["train"] * 11)
+    cells.targets = np.array([0] * 10 + [1])
+    assert splits.official_split(cells)[10, 0] == "train"
+    assert "validation images are predicted" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is of train"):
+        splits.official_split(official(tmp_path, ["test"] * 4))
+
+
+def test_folds_pool_the_official_parts_aloud(tmp_path, command):
+    names = [f"{part}/{label}/{i}.png" for part in ("train", "test") for label in "AB" for i in range(10)]
+    write_tree(tmp_path / "data", names)
+    arguments = ("--data", f"{tmp_path}/data/{{part}}/{{class}}", "--out")
+    assert command(*arguments, tmp_path / "official.csv")[0] == 0
+    paths, _, parts = splits.read_splits(tmp_path / "official.csv")
+    tested = [path.split("/")[0] == "test" for path in paths]
+    assert parts.shape == (40, 1) and ((parts[:, 0] == "test") == tested).all()
+    status, _, err = command(*arguments, tmp_path / "pooled.csv", "--folds", 5)
+    assert status == 0 and "official parts are pooled" in err
+    assert ((splits.read_splits(tmp_path / "pooled.csv")[2] == "test").sum(1) == 1).all()
+
+
 def test_a_split_that_is_there_is_never_overwritten(tmp_path, command):
     write_tree(tmp_path / "data", [f"{label}/{i}.png" for label in "AB" for i in range(10)])
     arguments = ("--data", tmp_path / "data", "--out", tmp_path / "split.csv")
@@ -506,7 +579,6 @@ def test_a_split_that_is_there_is_never_overwritten(tmp_path, command):
 def test_training_uses_a_published_split_as_it_stands(tmp_path):
     """Two folds that no stratified split would give: all parts come back, in the data set's order of images."""
     import datasets
-    import train
 
     names = [f"{label}/{i}.png" for label in "AB" for i in range(6)]
     write_tree(tmp_path / "data", names)
@@ -518,7 +590,7 @@ def test_training_uses_a_published_split_as_it_stands(tmp_path):
         rows = [(name, name[0], *parts) for name, parts in sorted(published.items(), reverse=True)]
         csv.writer(file).writerows([("path", "label", "fold0", "fold1"), *rows])
     before = (tmp_path / "split.csv").read_bytes()
-    cells, parts = train.open_split(tmp_path / "split.csv", datasets.open_dataset(tmp_path / "data"), set())
+    cells, parts = splits.open_split(tmp_path / "split.csv", datasets.open_dataset(tmp_path / "data"), set())
     assert {path: tuple(row) for path, row in zip(cells.paths.tolist(), parts.tolist())} == published
     assert (tmp_path / "split.csv").read_bytes() == before
 
@@ -573,14 +645,13 @@ def test_171374_files_are_split_in_under_10_seconds(tmp_path, run):
 def test_a_class_too_small_to_be_tested_in_each_fold_is_named_by_training(tmp_path, capsys):
     """Two images are tested in two of five folds; ten are in all. Named once, when the split is made."""
     import datasets
-    import train
 
     cells = datasets.Cells(
         tmp_path, "small", ["ABE", "LYT"], [f"{i}.png" for i in range(12)], np.arange(12) >= 2
     )
-    _, parts = train.open_split(tmp_path / "split.csv", cells, [])
+    _, parts = splits.open_split(tmp_path / "split.csv", cells, [])
     tested = (parts == "test").any(0)
     assert ((parts[:2] == "test").any(0).sum(), (parts[2:] == "test").any(0).sum(), tested.sum()) == (2, 5, 5)
     assert "fewer than 5 images, so not tested in each fold: ABE (2)\n" in capsys.readouterr().err
-    train.open_split(tmp_path / "split.csv", cells, [])
+    splits.open_split(tmp_path / "split.csv", cells, [])
     assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -279,19 +280,41 @@ def counted(monkeypatch):
     return looked_at
 
 
-def test_a_second_call_makes_no_second_pass(tmp_path, counted):
-    """Nor does one for a copy of the data set elsewhere; what is returned is the same, read from the file."""
-    folder = grey_set(tmp_path / "here" / "mine", [0, 50, 100, 150])
+def test_a_second_call_makes_no_second_pass_and_a_copy_has_the_same_fingerprint(tmp_path, counted, capsys):
+    """What is returned is read from the file. A folder of that name elsewhere is looked at, and said; its
+    fingerprint is of the contents, so that a run resumes on a copy, and not on other images of equal names.
+    """
+    folder, other = grey_set(tmp_path / "here/mine", [0, 50, 100, 150]), tmp_path / "other/mine"
     first = check(folder, tmp_path / "runs")
+    assert (
+        check(folder, tmp_path / "runs")
+        == first
+        == json.loads((tmp_path / "runs/data/mine.json").read_text())
+    )
     assert sorted(counted) == [0, 1, 2, 3]
-    shutil.copytree(folder, tmp_path / "there" / "mine")
-    for place in (folder, tmp_path / "there" / "mine"):
-        assert (
-            check(place, tmp_path / "runs")
-            == first
-            == json.loads((tmp_path / "runs/data/mine.json").read_text())
-        )
-    assert len(counted) == 4
+    shutil.copytree(folder, tmp_path / "there/mine")
+    assert check(tmp_path / "there/mine", tmp_path / "runs")["fingerprint"] == first["fingerprint"]
+    assert len(counted) == 8 and "here/mine" in capsys.readouterr().err
+    for file in grey_set(other, [0, 50, 100, 200]).rglob("*.png"):
+        os.utime(file, ns=(0, (folder / file.relative_to(other)).stat().st_mtime_ns))
+    assert check(other, tmp_path / "runs")["fingerprint"] != first["fingerprint"]
+
+
+def test_a_file_changed_in_place_makes_a_new_pass(tmp_path, counted):
+    """At its size, as stain normalisation leaves BMPs; and a download that had reserved its whole size is whole now."""
+    folder = tmp_path / "mine"
+    for label, level in (("a", 50), ("b", 150), ("b", 151)):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (level,) * 3).save(folder / label / f"{level}.bmp")
+    whole = (folder / "b/151.bmp").read_bytes()
+    (folder / "b/151.bmp").write_bytes(bytes(len(whole)))
+    before = check(folder, tmp_path / "runs")
+    assert [path for path, _ in before["unreadable"]] == ["b/151.bmp"]
+    (folder / "b/151.bmp").write_bytes(whole)
+    os.utime(folder / "b/151.bmp", ns=(0, (folder / "b/150.bmp").stat().st_mtime_ns + 1))
+    after = check(folder, tmp_path / "runs")
+    assert len(counted) == 6 and after["unreadable"] == [] and after["fingerprint"] != before["fingerprint"]
+    assert np.abs(found(after) - mean_and_std([decode(file) for file in folder.rglob("*.bmp")])).max() < 1e-9
 
 
 def change_size(folder):
@@ -393,7 +416,7 @@ def test_a_data_set_of_which_nothing_can_be_read_ends_in_one_line(tmp_path):
         (tmp_path / "mine" / path).write_bytes(b"nothing")
     with pytest.raises(SystemExit) as ended:
         check(tmp_path / "mine", tmp_path / "runs")
-    assert "none of 2 images can be read" in str(ended.value) and "\n" not in str(ended.value)
+    assert "none of the 1 images of class a can be read" in str(ended.value) and "\n" not in str(ended.value)
     assert not (tmp_path / "runs/data/mine.json").exists()
 
 
@@ -406,14 +429,16 @@ def test_exact_duplicates_are_named_within_and_across_classes(tmp_path):
     almost = decode(folder / "b/003.png").copy()
     almost[0, 0] += 1
     Image.fromarray(almost).save(folder / "b/almost.png")
+    Image.fromarray(decode(folder / "a/002.png")).save(folder / "a/as bitmap.bmp")  # the same pixels
     info = check(folder, tmp_path / "runs")
     groups = {frozenset(group) for group in info["duplicates"]}
     assert groups == {
         frozenset(["a/000.png", "a/copy.png", "a/other copy.png"]),
         frozenset(["b/001.png", "a/wrong.png"]),
+        frozenset(["a/002.png", "a/as bitmap.bmp"]),
     }
     text = datasets.describe(info)
-    assert "exact duplicates 2 groups, 1 of them across classes" in text
+    assert "exact duplicates 3 groups, 1 of them across classes" in text
     assert info["notes"] == ["1 groups of equal images have several labels, e.g. a/wrong.png and b/001.png"]
     assert all(path in text for group in groups for path in group)
 

@@ -1,0 +1,413 @@
+"""What a folder, a pattern or a table of images means: the openers of data sets (section 2.1).
+
+    data/bm                                                   class folders, COCO's JSON, PCam's HDF5 files
+    'data/apl/Patient_{group}/Signed slides/{class}/*.jpg'    a pattern with fields
+    data/mine/cells.csv                                       a table of path,label[,group][,part]
+
+{class} is the label, {group} what no split may tear, {part} an official split (train, val, test). A field or
+* is one or more characters of one level, ** any number of levels, [0-9] a character set, {{ a brace; a
+pattern that ends at a folder takes all images below. A folder that could mean several things is refused, with
+patterns to type. Another format takes one opener that returns Cells, and one line in open_folder.
+"""
+
+import collections
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import shlex
+import unicodedata
+
+import numpy as np
+
+from datasets import IMAGE_TYPES, Cells, find_images, list_folder
+
+# in the order of Table 5; classes of other data sets are in alphabetical order
+BM_CLASSES = "NGB NGS LYT MON EOS BAS MMZ MYB PMO BLA PLM KSC OTH ART NIF PEB EBO HAC ABE LYI FGC".split()
+SOURCES = {
+    "bm": "doi.org/10.7937/TCIA.AXH3-T579",
+    "cd": "github.com/kuku-sichuan/ComparisonDetector",
+    "pcam": "github.com/basveeling/pcam",
+}
+COCO = {"images", "annotations", "categories"}  # keys of its JSON files
+FIELDS = ("class", "group", "part")
+PARTS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+PARTS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+WILDCARD = re.compile(r"(\{\{|\}\}|\{\w*\}|\*\*/|\*\*|\*|\[!?[^]/]+\])")
+# words in the names of folders that are no classes
+MASKS = {*"mask masks gt truth segmentation segmentations annotation annotations labels".split()}
+SETS = {*"image images img imgs set sets part parts fold folds batch patient patients case slide".split()}
+SETS |= MASKS | {*PARTS}
+GROUPS = 5  # fewer can't be split into five folds
+SHOWN = 10  # kinds of files left out
+
+
+def open_cells(path):
+    """Open a folder, a pattern or a table as Cells; SystemExit says why not."""
+    try:
+        if os.path.isdir(path):
+            cells = open_folder(pathlib.Path(path))
+        else:
+            root, rows, notes = read_rows(path)
+            if bare := [image for image, row in rows.items() if not row.get("class")]:
+                raise SystemExit(f"{path}: no {{class}} or label, e.g. of {bare[0]}")
+            cells = make_cells(root, pathlib.Path(root).resolve().name, rows, notes)
+    except OSError as error:
+        why = f"{error.filename or path}: {error.strerror or error}"
+        raise SystemExit(f"{why}; make it readable (and writable, for a COCO set's crops)") from None
+    cells.source = os.path.abspath(path)
+    return cells
+
+
+def make_cells(root, name, rows, notes=()):
+    """Cells of rows {path: {"class": label, perhaps "group", "part"}}, ordered by class and path."""
+    labels = {row["class"] for row in rows.values()}
+    classes = sorted(labels, key=BM_CLASSES.index) if labels <= {*BM_CLASSES} else sorted(labels)
+    if len(classes) < 2:
+        what = "; ".join([f"{len(classes)} class(es) with images {classes or ''}", *notes])
+        raise SystemExit(f"{root}: {what}; at least 2 are needed: unpacked, one folder a class")
+    number = {label: i for i, label in enumerate(classes)}
+    paths = sorted(rows, key=lambda path: (number[rows[path]["class"]], path))
+    columns = {field: [rows[path].get(field) for path in paths] for field in FIELDS}
+    for field, values in columns.items():
+        if None in values or "" in values:
+            if any(values):
+                raise SystemExit(f"{root}: no {field} of {paths[list(map(bool, values)).index(False)]}")
+            columns[field] = None
+    parts = columns["part"]
+    if strange := {part for part in parts or () if part.lower() not in PARTS}:
+        raise SystemExit(f"{root}: no part: {', '.join(sorted(strange)[:9])}; parts are {', '.join(PARTS)}")
+    parts = parts and [PARTS[part.lower()] for part in parts]
+    similar = collections.defaultdict(list)
+    for path in classes + paths:  # NFC: umlauts may be one character or, as on a Mac, two
+        key = unicodedata.normalize("NFC", path)
+        similar[key if path in rows else "".join(key.casefold().split())].append(path)
+    similar = [", ".join(map(ascii, names)) for names in similar.values() if len(names) > 1]
+    notes = [*notes, *(f"names that are almost the same: {names}" for names in similar)]
+    targets = [number[label] for label in columns["class"]]
+    return Cells(root, name, classes, paths, targets, notes, groups=columns["group"], parts=parts)
+
+
+def left_out(paths):
+    """A list of one note on files that are not read, by kind, images by their folder; [] of none."""
+    kinds = collections.Counter()
+    for path in paths:
+        folder, name = os.path.split(path)
+        ending = os.path.splitext(name)[1].lower()
+        kind = (
+            f"*{ending}" if ending else "without an ending" if name else f"output of these scripts ({path})"
+        )
+        kinds[f"{os.path.basename(folder) or '.'}/{kind}" if ending in IMAGE_TYPES else kind] += 1
+    kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
+    more = [f"{len(kinds) - SHOWN} kinds more"] * (len(kinds) > SHOWN)
+    return [f"{len(paths):,} files left out: {', '.join(kinds[:SHOWN] + more)}"] if paths else []
+
+
+# ---------------------------------------------------------------- patterns and tables
+def read_rows(path):
+    """(root, {image: {"class", "group", "part": as far as known}}, notes) of a pattern or a table."""
+    if os.path.isfile(path):
+        return read_table(path)
+    root, regex = translate(path) if re.search(r"[{}*[]", path) else (path, "")
+    if not regex or not os.path.isdir(root):
+        source = f"get {SOURCES.get(os.path.basename(path), 'a data set')} and unpack it there"
+        advice = f"{source}, or name it with --data (synthetic cells: bash run_all.sh --demo)"
+        raise SystemExit(f"{root or repr(path)}: no such folder; {advice}")
+    images, others = find_images(root)
+    rows = match(path, regex, images)
+    if not rows:
+        example = f", e.g. {images[0]}" if images else ""
+        raise SystemExit(f"{path}: fits none of the {len(images)} images below {root}{example}")
+    return root, rows, left_out([image for image in images if image not in rows] + others)
+
+
+def read_table(file):
+    """read_rows of a table with a column path and perhaps label, group and part."""
+    import splits  # has the reader of such files
+
+    root, rows, gone = os.path.dirname(file) or ".", {}, []
+    images, others = find_images(root)
+    header, table = splits.read_table(file, ["path"])
+    columns = ["class" if name == "label" else name for name in header]
+    for row in splits.respell(table, images):
+        path = os.path.relpath(os.path.join(root, row[0]), root)  # of ./A/1.png and absolute ones
+        if not os.path.isfile(os.path.join(root, path)):
+            gone.append(row[0])
+            continue
+        fields = {name: value for name, value in zip(columns, row) if name in FIELDS}
+        if rows.setdefault(path, fields) != fields:
+            raise SystemExit(f"{file}: {path} is there twice, as {rows[path]} and {fields}")
+    if not rows:
+        raise SystemExit(f"{file}: none of its {len(gone)} rows has an image in {root}, e.g. {gone[0]}")
+    rest = [image for image in images if image not in rows]
+    notes = [f"{len(gone):,} rows without an image: left out, e.g. {gone[0]}"] if gone else []
+    notes += [f"{len(rest):,} images without a row: left out, e.g. {rest[0]}"] if rest else []
+    return root, rows, notes + left_out([other for other in others if other != os.path.basename(file)])
+
+
+def translate(pattern):
+    """(root, regular expression of the paths below it) of a pattern; its fields are named groups."""
+    root, regex, seen = None, "", []
+    for token in WILDCARD.split(pattern.rstrip("/")):
+        brace = token in ("{{", "}}")
+        wild, field = WILDCARD.fullmatch(token) and not brace, token.strip("{}")
+        if not wild and not brace and re.search("[{}]", token):
+            raise SystemExit(f"{pattern}: a single brace in {token!r}; {{{{ and }}}} are braces themselves")
+        if wild and root is None:  # what comes before in this level belongs to the expression
+            above, slash, regex = regex.rpartition("/")
+            root, regex = above + slash, re.escape(regex)
+        if not wild:
+            text = token[:1] if brace else token
+            regex += text if root is None else re.escape(text)
+        elif token[0] == "[":
+            characters = re.sub(r"[\\[]", r"\\\g<0>", token[1:-1])
+            regex += f"(?!/)[{re.sub('^!', '^', characters)}]"
+        elif token[0] == "*":
+            regex += {"*": "[^/]+", "**": ".+", "**/": "(?:.+/)?"}[token]
+        elif field in FIELDS and field not in seen:
+            seen.append(field)
+            regex += f"(?P<{field}>[^/]+)"
+        else:
+            what = "is there twice" if field in seen else f"is none of {', '.join(FIELDS)}"
+            raise SystemExit(f"{pattern}: the field {token} {what}")
+    return root or ".", regex
+
+
+def match(pattern, regex, images):
+    """{image: its fields} of those that a pattern names; of one that ends at a folder, all below."""
+    last = pattern.rstrip("/").rpartition("/")[2]
+    ends = ["", "/.+"]  # at files, at a folder
+    if "{" in last.replace("{{", "") and not last.lower().endswith(IMAGE_TYPES):
+        ends = ends[::-1][: 1 if re.fullmatch(r"\{\w+\}", last) else 2]
+    for end in ends:
+        matches = [re.fullmatch(f"(?s:{regex}{end})", image) for image in images]
+        if any(matches):
+            return {found.string: found.groupdict() for found in matches if found}
+    return {}
+
+
+# ---------------------------------------------------------------- folders
+def open_folder(top):
+    """A folder: PCam's HDF5 files, COCO's JSON, else class folders below single folders."""
+    name, folder = top.resolve().name, descend(top, (*IMAGE_TYPES, ".json", ".h5"))[0]
+    if any(folder.glob("camelyonpatch_level_2_split_*")):
+        return open_pcam(folder, name)
+    if coco := find_coco(folder):
+        return open_coco(folder, name, coco)
+    root, below = descend(top, IMAGE_TYPES)
+    images, others = find_images(top)
+    for link in list_folder(root)[1]:  # a class on a disk that is not mounted, say
+        if "." not in link and not os.path.exists(root / link):
+            raise SystemExit(f"{root / link}: a link that leads nowhere; mend or remove it")
+    images = [path.removeprefix(f"{root.relative_to(top)}/") for path in images]
+    rows = {path: {"class": path.split("/")[0]} for path in images if "/" in path}
+    if why := ambiguity([*rows]):
+        raise SystemExit(f"{root}: {why}; {suggest(root, [*rows])}")
+    empty = sorted({*below} - {row["class"] for row in rows.values()})
+    notes = [f"class folder {label} holds no image: left out" for label in empty]
+    return make_cells(root, name, rows, notes + left_out([x for x in images if x not in rows] + others))
+
+
+def descend(folder, endings):
+    """Go down while a folder holds one folder and no such file: (folder, its folders' names)."""
+    while True:
+        below, files, _ = list_folder(folder)
+        if len(below) != 1 or any(name.lower().endswith(endings) for name in files):
+            return folder, below
+        folder = folder / below[0]
+
+
+def words(name):
+    """The words in a folder's name, in lower case: test of TestA, image and sets of image_sets2."""
+    return {*re.findall(r"[^\W\d_]{2,}", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())}
+
+
+def find_shared(paths):
+    """{folder: first folders that hold it} of several, or of masks; the images in them; that of any."""
+    holders, inside = collections.defaultdict(set), collections.defaultdict(list)
+    for path in paths:
+        label, *folders, _ = path.split("/")
+        for name in {*folders} - {label}:
+            if not re.fullmatch(r"\d+-\d+", name):  # thousands of images, as TCIA packs them
+                holders[name].add(label)
+                inside[name].append(path)
+    shared = [name for name in holders if len(holders[name]) > 1 or words(name) & MASKS]
+    shared = {name: holders[name] for name in shared if len(inside[name]) < len(paths)}
+    return shared, {*itertools.chain(*map(inside.get, shared))}, holders
+
+
+def find_companions(paths):
+    """Those named as others and a suffix (x_mask.png), of classes where half of the others have one."""
+    stems = collections.Counter(os.path.splitext(path)[0] for path in paths)
+    found, sizes = collections.defaultdict(list), collections.Counter(path.split("/")[0] for path in paths)
+    for path in paths:
+        for cut in re.finditer(r"[-_. (]+(?=[A-Za-z][^/]*$)", path):
+            stem = path[: cut.start()]
+            if stems[stem] > (stem == os.path.splitext(path)[0]):
+                found[path.split("/")[0], path[cut.start() :]].append(path)
+                break
+    found = {label: some for (label, _), some in sorted(found.items()) if 3 * len(some) >= sizes[label]}
+    return {*itertools.chain(*found.values())}
+
+
+def ambiguity(paths):
+    """Why the first folders of images may not be their classes, or not every image a cell; None if clear."""
+    firsts = collections.Counter(path.split("/")[0] for path in paths)
+    deeper = collections.Counter(path.split("/")[0] for path in {os.path.dirname(path) for path in paths})
+    whole = [label for label in firsts if words(label) and words(label) <= SETS]
+    numbered = len({re.sub(r"\d+", "", label) for label in firsts}) == 1 < len(firsts)
+    named = all(words(label) & SETS - {*PARTS} for label in firsts) and (
+        numbered or min(deeper.values(), default=0) > 1
+    )
+    if named or 1 < len(whole) >= len(firsts) / 2:
+        return f"{', '.join(sorted(firsts)[:3])} look like parts, patients or sets, not classes"
+    shared, inside, holders = find_shared(paths)
+    if inner := sorted(firsts.keys() & holders.keys()):
+        return f"class {inner[0]} is there a second time, in {min(holders[inner[0]])}"
+    if masks := [name for name in shared if words(name) & MASKS]:
+        return f"{min(shared[masks[0]])} holds a folder {masks[0]}, which may be no cells"
+    held = {*itertools.chain(*shared.values())}
+    if 2 * len(inside) > len(paths) and 2 * len(held) >= len(firsts):
+        return (
+            f"{', '.join(sorted(held)[:3])} hold folders of the same names ({', '.join(sorted(shared)[:5])})"
+        )
+    if companions := sorted(find_companions(paths)):
+        return f"{len(companions)} images are named as others with a suffix, e.g. {companions[0]}"
+    return None
+
+
+def suggest(root, paths):
+    """Advice for an ambiguous folder: up to three patterns after which nothing is ambiguous, each tried."""
+    companions, firsts = find_companions(paths), sorted({path.split("/")[0] for path in paths})
+    tries = "{part}/{class} {class}/{part} {part}/{group}/{class} {part}/{class}/{group} {class}/{group}"
+    tries = [*f"{tries} {{group}}/**/{{class}}/* {{class}}/* {{class}}/*/* */{{class}}".split()]
+    tries += [
+        f"{escape(label)}/{{class}}" for label in firsts if words(label) and words(label) <= SETS - MASKS
+    ]
+    for name in find_shared(paths)[0]:
+        tries += [f"{{class}}/{escape(name)}", f"{{class}}/**/{escape(name)}/*"][
+            : 2 * (not words(name) & MASKS)
+        ]
+    for ending in sorted({os.path.splitext(path)[1] for path in {*paths} - companions if companions}):
+        for last in ("*", "*[0-9]", "*[!a-z]"):
+            tries += [f"{{class}}/{last}{ending}", f"{{class}}/**/{last}{ending}"]
+    good = {}
+    for pattern in tries:
+        above, regex = translate(f"/{pattern}")
+        rows = match(pattern, re.escape(above[1:]) + regex, paths)
+        if is_clear(rows) and not companions & rows.keys():
+            good.setdefault(frozenset((path, row["class"]) for path, row in rows.items()), pattern)
+    if any("{group}" in pattern or "{part}" in pattern for pattern in good.values()):
+        good = {
+            rows: pattern for rows, pattern in good.items() if "{group}" in pattern or "{part}" in pattern
+        }
+    advice = []
+    for rows, pattern in sorted(good.items(), key=lambda both: -len(both[0]))[:3]:
+        classes = sorted({label for _, label in rows})
+        what = f"{len(rows):,} images, {len(classes)} classes: {', '.join(classes[:3])}"
+        advice.append(f"{shlex.quote(f'{escape(root)}/{pattern}')} ({what}{', ...' * (len(classes) > 3)})")
+    return f"type --data {' or '.join(advice)}" if advice else "say which is what in a table of path,label"
+
+
+def is_clear(rows):
+    """Whether the images of a pattern have classes, parts and groups to train with, and no second meaning."""
+    labels, groups = {row["class"] for row in rows.values()}, {row.get("group") for row in rows.values()}
+    if len(labels) < 2 or (groups != {None} and len(groups) < GROUPS):
+        return False
+    if any(row.get("part", "test").lower() not in PARTS for row in rows.values()):
+        return False
+    below = []
+    for path, row in rows.items():
+        folders = path.split("/")[:-1]
+        folders = folders[folders.index(row["class"]) + 1 :]
+        kept = [name for name in folders if name not in row.values()]
+        below.append("/".join([row["class"], *kept, os.path.basename(path)]))
+    distinct = len(set(below)) == len(below) or len(next(iter(rows.values()))) > 1
+    return (
+        distinct
+        and not all(words(label) & SETS - {*PARTS} for label in labels)
+        and not ambiguity([*{*below}])
+    )
+
+
+def escape(text):
+    """Text as a part of a pattern that means just that."""
+    return re.sub(r"[{}*[]", lambda found: f"[{found[0]}]" if found[0] in "*[" else 2 * found[0], str(text))
+
+
+# ---------------------------------------------------------------- other formats
+def find_coco(folder):
+    """{JSON file: its content} of the COCO detection sets at the root, among whatever else is JSON."""
+    coco, damaged = {}, []
+    for file in sorted(folder.glob("[!.]*.json")):
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            damaged.append(f"{file}: damaged ({error}); fetch it again")
+            continue
+        if isinstance(content, dict) and content.keys() >= COCO:
+            coco[file] = content
+    if coco and damaged:
+        raise SystemExit(damaged[0])
+    return coco
+
+
+def open_coco(folder, name, coco):
+    """A COCO set, {JSON file: content}: its boxes are cropped once, to the class folders .crops."""
+    import crop_boxes  # a conversion; other data sets do without the file
+
+    notes, root = crop_boxes.crop_once(folder, coco), folder / ".crops"
+    rows = {}
+    for path in find_images(root)[0]:
+        label, cell = path.split("/", 1)
+        rows[path] = {"class": label, "group": re.sub(r"_[^_]*$", "", cell)}
+    return make_cells(root, name, rows, notes)
+
+
+def open_pcam(folder, name):
+    """PatchCamelyon's HDF5 files; paths are train/17, valid/3, test/5. Only the labels are read now."""
+    paths, parts, targets = [], [], []
+    for part, short in (("train", "train"), ("valid", "val"), ("test", "test")):
+        files = [folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy"]
+        if part == "test" and not any(file.exists() for file in files):
+            continue  # nothing here uses the test part
+        try:
+            x, y = (open_hdf5(str(file), os.getpid()) for file in files)
+            labels, shape = y["y"][()].reshape(-1), x["x"].shape
+        except (OSError, KeyError, AttributeError, TypeError) as error:
+            advice = f"fetch {files[0].name} and {files[1].name} again, unpacked and under these very names"
+            why = f"{error}".splitlines()[0]
+            raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
+        if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
+            raise SystemExit(
+                f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
+                "expected [N,96,96,3] and as many labels, 0 or 1"
+            )
+        paths += [f"{part}/{i}" for i in range(len(labels))]
+        parts += [short] * len(labels)
+        targets.append(labels)
+    read = functools.partial(read_patch, str(folder))
+    return Cells(folder, name, ["normal", "tumour"], paths, np.concatenate(targets), read=read, parts=parts)
+
+
+@functools.lru_cache(maxsize=12)
+def open_hdf5(file, process):
+    """An HDF5 file, opened once in each process, since handles don't survive a fork."""
+    import h5py
+
+    try:
+        return h5py.File(file, "r")
+    except OSError:  # reading needs no lock, which a file system may not have, or another program
+        return h5py.File(file, "r", locking=False)
+
+
+def read_patch(folder, path):
+    """Patch 'train/17' as uint8 RGB [96,96,3]; ValueError if it is damaged."""
+    part, index = path.split("/")
+    try:
+        file = open_hdf5(f"{folder}/camelyonpatch_level_2_split_{part}_x.h5", os.getpid())
+        return file["x"][int(index)]
+    except OSError as error:
+        raise ValueError(f"{folder}, patch {path}: {str(error).splitlines()[0]}") from None
