@@ -41,7 +41,7 @@ CLASSES = dict(entry.split(maxsplit=1) for entry in CLASS_NAMES.split(","))
 SCORES = ("precision", "recall", "f1")
 COLUMNS = [f"{score}_{what}" for score in SCORES for what in ("mean", "std")]
 COMPARISON = "family model init against_model against_init folds difference low high p p_holm".split()
-MOST_DRAWN, LONGEST = 50, 40  # classes with numbers in a confusion matrix; characters of a name in pictures
+MOST_DRAWN = 50  # classes of a confusion matrix with numbers; of more, only as many are named
 COMMON = 100  # f1_common averages the classes of at least so many images
 LEVEL = 0.05  # significance level; intervals cover 1 - LEVEL
 PAPER_RATIO = 0.20 / 0.64  # test images / training images of the paper's split, used without a split.csv
@@ -187,12 +187,11 @@ def group_note(file, split):
     with error_context(file):
         table = pd.read_csv(file, dtype=str, usecols=["path", "group"], **CSV)
         group = table.set_index("path").group.reindex(split.index)
-    tested, shared = set(), 0
-    for fold in split.columns[1:]:
-        in_test = group[split[fold] == "test"].dropna()
-        in_train = group[split[fold] == "train"].dropna()
+    tested, shared, parts = set(), 0, split.drop(columns="label")
+    for part in parts.to_numpy().T:
+        in_test = group[part == "test"].dropna()
         tested |= set(in_test)
-        shared += in_test.isin(in_train).sum()
+        shared += in_test.isin(group[part == "train"].dropna()).sum()
     return (
         f"The test images are of {len(tested):,} groups ({Path(file).name}; {group.isna().sum():,} images in "
         f"none); {shared:,} of them have an image of their group in training. Intervals over images would be "
@@ -367,21 +366,17 @@ def mean_confusion(folds):
 
 
 def drawable(names):
-    """Names as a picture can show them: cut, or their number in Table 5 where the font lacks a character."""
-    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
-    texts = []
-    for number, name in enumerate(map(printable, names), 1):
-        shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
-        texts.append(shown if set(map(ord, name)) <= set(glyphs) else f"class {number}")
+    """{name: as a picture can show it}, escaped and cut, or its number where the font lacks a character."""
+    glyphs, texts = set(font_manager.get_font(font_manager.findfont(None)).get_charmap()), {}
+    for number, name in enumerate(names, 1):
+        text = repr(name)[1:-1][:40]
+        texts[name] = text if set(map(ord, text)) <= glyphs else f"class {number}"
     return texts
 
 
 def draw_confusion(matrix, images, classes, title):
-    """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale.
-
-    Of more than MOST_DRAWN classes the numbers are left out, and only some are named.
-    """
-    n, names, step = len(classes), drawable(classes), -(-len(classes) // MOST_DRAWN)
+    """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale."""
+    n, names, step = len(classes), list(drawable(classes).values()), -(-len(classes) // MOST_DRAWN)
     label, rows = 0.6 + 0.09 * max(map(len, names)), min(n, MOST_DRAWN)  # inches; a layout engine is slow
     width, height = label + 0.44 * rows + 2.6, label + 0.36 * rows + 0.4
     figure, bottom, high = Figure(figsize=(width, height)), label / height, 0.36 * rows / height
@@ -491,10 +486,8 @@ def tta_statements(study, comparisons):
 
 def statements(study, comparisons):
     """The sentences that belong below Table 4, list of str."""
-    spread = (
-        "± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is the "
-        "std of macro F1"
-    )
+    spread = "± is the mean over classes of the std over folds (ddof = 1), as in the paper; f1_fold_std is "
+    spread += "the std of macro F1"
     if max(map(len, study.runs.values())) == 1:
         spread = "A single fold has no ±, no interval and no test between rows"
     lines = [f"{spread}; f1_common is over the classes of at least {COMMON} images."]

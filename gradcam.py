@@ -153,14 +153,13 @@ def add_heatmaps(cells, classes, data, device):
                 cell.update(picture=picture, side=side)
 
 
-def drawable(classes):
-    """{class: its name as a picture can show it}, with its number where the font lacks a character."""
-    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
-    names = {}
-    for number, name in enumerate(classes, 1):
+def drawable(names):
+    """{name: as a picture can show it}, escaped and cut, or its number where the font lacks a character."""
+    glyphs, texts = set(font_manager.get_font(font_manager.findfont(None)).get_charmap()), {}
+    for number, name in enumerate(names, 1):
         text = repr(name)[1:-1][:40]
-        names[name] = text if set(map(ord, text)) <= set(glyphs) else f"class {number}"
-    return names
+        texts[name] = text if set(map(ord, text)) <= glyphs else f"class {number}"
+    return texts
 
 
 @rc_context({"text.parse_math": False})  # a $ in a file name is no formula

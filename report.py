@@ -73,11 +73,10 @@ def reliability(confidence, right, bins=BINS):
     edges = np.arange(bins + 1) / bins
     table = pd.DataFrame({"confidence": np.clip(confidence, 0, 1), "right": right})
     groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
-    table = groups.agg(
-        images=("right", "size"), confidence=("confidence", "mean"), share_right=("right", "mean")
-    ).reset_index(drop=True)
-    gap = (table.images * abs(table.confidence - table.share_right)).sum() / table.images.sum()
-    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **table, "ece": gap})
+    images, means = groups.size().to_numpy(), groups.mean().reset_index(drop=True)
+    gap = (images * abs(means.confidence - means.right)).sum() / images.sum()
+    columns = {"images": images, "confidence": means.confidence, "share_right": means.right, "ece": gap}
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **columns})
 
 
 def sensitivity_at(scores, positive, specificity):

@@ -1,4 +1,5 @@
-"""How sure the network is, and what a clinic asks: each number of report.py against a hand count, scikit-learn or SciPy."""
+"""How sure the network is, and what a clinic asks: each number of report.py against a hand count,
+scikit-learn or SciPy."""
 
 import types
 
@@ -12,7 +13,8 @@ import report
 
 
 def balanced_network(n, frequencies, seed=0, spread=1.0):
-    """Gaussian classes on a line, and the posterior of a network that was shown them equally often: (labels, probabilities, densities)."""
+    """Gaussian classes on a line, and the posterior of a network that was shown them equally often: (labels,
+    probabilities, densities)."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(len(frequencies), n, p=frequencies)
     x = labels * 1.5 + rng.normal(0, spread, n)
@@ -39,7 +41,8 @@ def test_bins_are_of_equal_width_and_closed_above():
 
 
 def test_a_calibrated_network_has_almost_no_ece():
-    """Labels drawn from the probabilities themselves: ECE falls as 1/sqrt(N); of an overconfident one it stays."""
+    """Labels drawn from the probabilities themselves: ECE falls as 1/sqrt(N); of an overconfident one it
+    stays."""
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(5) * 0.5, 40000)
     labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
@@ -86,13 +89,14 @@ def test_temperature_keeps_the_most_probable_class_and_bears_zeros():
 
 
 def test_prior_correction_is_bayes():
-    """Two classes shown equally often, 0.8 to 0.2, of which the first makes 10% of the images: 0.08 to 0.18, so 4/13."""
+    """Two classes shown equally often, 0.8 to 0.2, of which the first makes 10% of the images: 0.08 to 0.18,
+    so 4/13."""
     assert report.posterior(np.array([[0.8, 0.2]]), np.array([10, 90]))[0] == pytest.approx([4 / 13, 9 / 13])
     assert report.posterior(np.array([[0.8, 0.2]]), np.array([7, 7]))[0] == pytest.approx([0.8, 0.2])
 
 
 def test_prior_correction_gives_the_posterior_at_natural_frequencies():
-    """Against the densities themselves; and it is right more often, and better calibrated, than as trained."""
+    """Against the densities themselves; it is right more often and better calibrated than as trained."""
     frequencies = np.array([0.7, 0.2, 0.08, 0.02])
     labels, p, density = balanced_network(20000, frequencies)
     corrected = report.posterior(p, frequencies * 1234)
@@ -111,21 +115,23 @@ def test_frequencies_do_not_come_from_the_test_part():
 
 
 def coverage_by_hand():
-    """Two classes; on validation the confidences are 0.6 to 0.9, on test three of four images are surer than 0.75."""
+    """Two classes; on validation the confidences are 0.6 to 0.9, on test three of four images are surer than
+    0.75."""
     val = np.array([[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9]])
     test = np.array([[0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.85, 0.15]])
     labels = np.array([0, 1, 1, 1])
     return report.Fold(
         labels,
-        {name: test for name in report.PLAIN},
+        dict.fromkeys(report.PLAIN, test),
         np.array([0, 0, 1, 1]),
-        {name: val for name in report.PLAIN},
+        dict.fromkeys(report.PLAIN, val),
         {},
     )
 
 
 def test_risk_and_coverage_by_hand():
-    """Half of the validation images lie below 0.8; of the three test images kept two are right, recalls are 1/1 and 1/2."""
+    """Half of the validation images lie below 0.8; of the three test images kept two are right, recalls are
+    1/1 and 1/2."""
     rows = {(row["variant"], row["planned"]): row for row in report.coverage_rows([coverage_by_hand()], 2)}
     all_kept, half = rows["as trained", 0], rows["as trained", 0.5]
     assert (all_kept["handed_over"], all_kept["accuracy"]) == (0, 0.5)
@@ -134,7 +140,8 @@ def test_risk_and_coverage_by_hand():
 
 
 def test_sensitivity_at_a_specificity_by_hand():
-    """Ten other cells: at 90% specificity one of them may raise an alarm; a cell as high as the second would bring that one too."""
+    """Ten other cells: at 90% specificity one of them may raise an alarm; a cell as high as the second would
+    bring that one too."""
     others = np.arange(10) / 10
     scores, positive = np.r_[others, 0.95, 0.85, 0.8, 0.3], np.r_[np.zeros(10, bool), np.ones(4, bool)]
     assert report.sensitivity_at(scores, positive, 0.9) == (0.5, 0.8)
@@ -158,7 +165,7 @@ def test_pr_auc_is_the_step_sum_under_the_curve():
     rng = np.random.default_rng(4)
     labels = (rng.random(400) < 0.1).astype(int)
     p = np.column_stack([1 - (s := rng.beta(1 + 2 * labels, 3)), s])
-    fold = report.Fold(labels, {name: p for name in report.PLAIN}, None, None, {})
+    fold = report.Fold(labels, dict.fromkeys(report.PLAIN, p), None, None, {})
     row = next(row for row in report.clinic_rows([fold], ["OTH", "FGC"]) if row["variant"] == "as trained")
     precision, recall, _ = precision_recall_curve(labels, s)
     assert row["pr_auc_mean"] == pytest.approx(-np.sum(np.diff(recall) * precision[:-1]))
@@ -172,7 +179,7 @@ def test_scores_of_all_classes_agree_with_scikit_learn():
     rng = np.random.default_rng(5)
     labels = np.concatenate([rng.integers(0, 8, 400), np.arange(8)])
     p = report.posterior(rng.dirichlet(np.ones(8), len(labels)) + 0.3 * np.eye(8)[labels])
-    fold = report.Fold(labels, {name: p for name in report.PLAIN}, None, None, {})
+    fold = report.Fold(labels, dict.fromkeys(report.PLAIN, p), None, None, {})
     rows = {
         row["score"]: row["mean"]
         for row in report.score_rows([fold], np.bincount(labels))

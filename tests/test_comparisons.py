@@ -1,8 +1,10 @@
-"""Tests between strategies: comparisons.csv, the marks of Table 4, and how often a difference is claimed that is none.
+"""Tests between strategies: comparisons.csv, the marks of Table 4, and how often a difference is claimed that
+is none.
 
-Truth comes from fractions worked out by hand and the t distribution's closed form for 4 degrees of freedom, from the
-numbers that scikit-learn's documentation prints ('Statistical comparison of models using grid search'), from SciPy's
-binomtest, from the definition of Holm's procedure, from scikit-learn's scores of the same files, and from simulation.
+Truth comes from fractions worked out by hand and the t distribution's closed form for 4 degrees of
+freedom, from the numbers that scikit-learn's documentation prints ('Statistical comparison of models using
+grid search'), from SciPy's binomtest, from the definition of Holm's procedure, from scikit-learn's scores
+of the same files, and from simulation.
 """
 
 import itertools
@@ -33,7 +35,8 @@ def two_sided(t):
 
 
 def test_the_corrected_t_test_by_hand():
-    """Differences 2, 4, 4, 6, 9 hundredths: mean 5, squares 9 + 1 + 1 + 1 + 16 = 28, so s² = 7; variance 7 (1/5 + 5/16)."""
+    """Differences 2, 4, 4, 6, 9 hundredths: mean 5, squares 9 + 1 + 1 + 1 + 16 = 28, so s² = 7; variance 7
+    (1/5 + 5/16)."""
     differences = [Fraction(d, 100) for d in (2, 4, 4, 6, 9)]
     variance = Fraction(7, 10000) * (Fraction(1, 5) + RATIO)
     assert Fraction(5, 100) ** 2 / variance == Fraction(2000, 287)
@@ -58,7 +61,8 @@ def test_the_interval_is_that_of_which_the_test_does_not_reject_a_difference():
 
 
 def test_scikit_learns_published_comparison():
-    """Its page prints, for 10 times 10-fold cross-validation on 100 points, t and a one-sided p; uncorrected 2.611 and 0.005."""
+    """Its page prints, for 10 times 10-fold cross-validation on 100 points, t and a one-sided p; uncorrected
+    2.611 and 0.005."""
     x, y = make_moons(noise=0.352, random_state=1, n_samples=100)
     folds = RepeatedStratifiedKFold(n_splits=10, n_repeats=10, random_state=0)
     rbf, linear = (
@@ -78,9 +82,11 @@ def test_without_spread_there_is_no_test(differences):
 
 # ---------------------------------------------------------------- false alarms
 def false_alarms(correlations, repetitions=20000, k=5, ratio=float(RATIO), seed=0):
-    """[(correlation between folds, share of p < 0.05 by the corrected test, by the plain t-test)] where there is no difference.
+    """[(correlation between folds, share of p < 0.05 by the corrected test, by the plain t-test)] where there
+    is no difference.
 
-    Normal differences of k folds, any two of them correlated alike, as folds that share training images are.
+    Normal differences of k folds, any two of them correlated alike, as folds that share training images
+    are.
     """
     rng, rows = np.random.default_rng(seed), []
     for correlation in correlations:
@@ -101,7 +107,8 @@ def expected_alarms(correlation, factor, k=5):
 
 
 def test_false_alarms_at_most_5_percent_up_to_a_correlation_of_a_fifth():
-    """A fold's training part is 64% of the images, so two share much of theirs; no correlation is known, 0.2 is a usual guess."""
+    """A fold's training part is 64% of the images, so two share much of theirs; no correlation is known, 0.2
+    is a usual guess."""
     print("correlation, corrected, plain t-test")
     for correlation, corrected, plain in false_alarms((0, 0.1, 0.2, 0.3)):
         print(f"{correlation:.1f} {corrected:.4f} {plain:.4f}")
@@ -116,7 +123,8 @@ def test_false_alarms_at_most_5_percent_up_to_a_correlation_of_a_fifth():
 
 
 def test_false_alarms_are_5_percent_at_the_correlation_that_nadeau_and_bengio_assume():
-    """Test images / (test images + images fitted on), of which the corrected variance is free of bias: neither more nor fewer."""
+    """Test images / (test images + images fitted on), of which the corrected variance is free of bias:
+    neither more nor fewer."""
     ((_, corrected, _),) = false_alarms([float(RATIO / (1 + RATIO))], repetitions=100000)
     assert abs(corrected - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 100000)
 
@@ -143,7 +151,8 @@ def test_holm_by_hand(p, adjusted):
 
 
 def rejected_by_holm(p, level):
-    """The procedure as it is defined: from the smallest p on, until one is above level / (number that remain)."""
+    """The procedure as it is defined: from the smallest p on, until one is above level / (number that
+    remain)."""
     rejected = [False] * len(p)
     for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         if p[i] > level / (len(p) - step):
@@ -184,7 +193,8 @@ BEST = ("vit_l_32", "imagenet+cd")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """(runs, answers, comparisons, Markdown of Table 4); vit_l_32 random has folds 1, 3 and 4 only, else it were the best."""
+    """(runs, answers, comparisons, Markdown of Table 4); vit_l_32 random has folds 1, 3 and 4 only, else it
+    were the best."""
     runs = tmp_path_factory.mktemp("study") / "runs"
     answers = simulate(runs, COUNTS, NETWORKS)
     for fold in (0, 2):
@@ -247,8 +257,9 @@ def test_two_families_every_run_with_the_best_and_every_init_with_imagenet_of_it
 
 
 def test_macro_f1_is_compared_by_the_corrected_t_test_over_the_folds_of_both(study):
-    """Against scikit-learn's macro F1 and SciPy's t; of 197 images a fold tests a fifth, the other four are trained on."""
-    runs, answers, comparisons, _ = study
+    """Against scikit-learn's macro F1 and SciPy's t; of 197 images a fold tests a fifth, the other four are
+    trained on."""
+    _, answers, comparisons, _ = study
     for row in comparisons:
         each, images = differences(answers, *pair(row))
         k = len(each)
@@ -264,7 +275,8 @@ def test_macro_f1_is_compared_by_the_corrected_t_test_over_the_folds_of_both(stu
 
 
 def test_holm_is_taken_over_the_pairs_of_each_family(study):
-    """By the definition, at the levels that each p_holm itself sets: just above it is rejected, just below it isn't."""
+    """By the definition, at the levels that each p_holm itself sets: just above it is rejected, just below it
+    isn't."""
     for family, size in (("best", 6), ("imagenet", 4)):
         rows = [row for row in study[2] if row["family"] == family]
         p, adjusted = ([float(row[key]) for row in rows] for key in ("p", "p_holm"))
@@ -275,7 +287,8 @@ def test_holm_is_taken_over_the_pairs_of_each_family(study):
 
 
 def test_table_5_gives_an_interval_of_the_recall_over_networks_and_images(study):
-    """By scikit-learn's recall of each fold and SciPy's t; one of images alone is too narrow, since the folds' networks differ."""
+    """By scikit-learn's recall of each fold and SciPy's t; one of images alone is too narrow, since the
+    folds' networks differ."""
     runs, answers, _, _ = study
     for run in NETWORKS:
         folds = [answers[run, k] for k in range(5) if (run, k) in answers]
@@ -293,7 +306,8 @@ def test_table_5_gives_an_interval_of_the_recall_over_networks_and_images(study)
 
 
 def test_a_class_that_some_folds_lack_leaves_table_4_and_the_test_agreed(tmp_path):
-    """Class c has images in folds 0 and 2 of three; the difference tested is that of the F1 in Table 4, to its six digits."""
+    """Class c has images in folds 0 and 2 of three; the difference tested is that of the F1 in Table 4, to
+    its six digits."""
     rng = np.random.default_rng(0)
     for fold in range(3):
         labels = ["a"] * 20 + ["b"] * 20 + ["c"] * (fold != 1)
@@ -333,7 +347,8 @@ def test_rows_of_different_splits_are_named(tmp_path):
 
 
 def test_the_marks_of_table_4(study):
-    """* the best, = not significantly different from it (p_holm >= 0.05), nothing if it is (and worse, as all here)."""
+    """* the best, = not significantly different from it (p_holm >= 0.05), nothing if it is (and worse, as all
+    here)."""
     p = {pair(row)[0]: float(row["p_holm"]) for row in study[2] if row["family"] == "best"}
     names = {
         "ResNet-152": "resnet152",
@@ -398,7 +413,8 @@ def test_tta_is_tested_against_the_same_networks_without_it(tmp_path):
 
 
 def two_networks(folder, accuracies, images=20):
-    """Runs m a and m b of two classes in as many folds as there are pairs of images right of class a; class b is always right."""
+    """Runs m a and m b of two classes in as many folds as there are pairs of images right of class a; class b
+    is always right."""
     for fold, pair_of in enumerate(accuracies):
         for init, right in zip(("a", "b"), pair_of):
             rows = [
@@ -422,7 +438,7 @@ def test_a_better_row_of_fewer_folds_is_marked_so(tmp_path):
 
 @pytest.mark.parametrize("accuracies", [[(15, 10)] * 5, [(15, 10)], [(15, 15)] * 3])
 def test_zero_variance_gives_an_empty_p(tmp_path, accuracies):
-    """The same difference in every fold, or a single fold: no p, no interval, and a question mark in Table 4."""
+    """The same difference in every fold, or a single fold: no p, no interval, a question mark in Table 4."""
     rows, markdown = two_networks(tmp_path, accuracies)
     (macro,) = rows
     assert [macro[key] for key in ("low", "high", "p", "p_holm")] == [""] * 4

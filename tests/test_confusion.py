@@ -1,7 +1,8 @@
 """Fig. 4: the confusion matrix is a mean of folds whose rows add up to 1, and its picture can be read.
 
-Truth comes from scikit-learn's confusion_matrix(normalize="true"), from counts by hand, from Pillow, which opens the
-picture, from matplotlib's own boxes around each text, and from the contrast that WCAG 2.1 asks of text.
+Truth comes from scikit-learn's confusion_matrix(normalize="true"), from counts by hand, from Pillow, which
+opens the picture, from matplotlib's own boxes around each text, and from the contrast that WCAG 2.1 asks
+of text.
 """
 
 import csv
@@ -52,7 +53,8 @@ def confusion_of(file):
 
 
 def test_the_mean_of_folds_by_hand(tmp_path):
-    """Of a's images fold 0 has the only one right, fold 1 one of three: 2/3 by the mean of folds, 1/2 if they were pooled."""
+    """Of a's images fold 0 has the only one right, fold 1 one of three: 2/3 by the mean of folds, 1/2 if they
+    were pooled."""
     write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "a"), ("3", "b", "b")], "ab")
     write_predictions(
         tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "a", "b"), ("7", "b", "b")], "ab"
@@ -123,7 +125,8 @@ def draw(matrix, images, classes, title=TITLE):
 
 @pytest.fixture(scope="module")
 def fig4():
-    """Fig. 4 at the paper's recalls and numbers of images: (matrix, figure, matrix' axes, counts' axes, PNG bytes)."""
+    """Fig. 4 at the paper's recalls and numbers of images: (matrix, figure, matrix' axes, counts' axes, PNG
+    bytes)."""
     matrix = plausible([float(row["recall_mean"]) for row in read_csv(ROOT / "paper/table5.csv")])
     return matrix, *draw(matrix, list(BM.values()), list(BM))
 
@@ -273,7 +276,11 @@ def test_300_classes_have_a_picture_of_the_largest_size():
 
 def test_a_name_that_the_font_cannot_draw_becomes_the_classs_number():
     """DejaVu Sans, which matplotlib brings, has umlauts and Greek, but no Chinese."""
-    assert evaluate.drawable(["Prälymphozyt", "淋巴细胞", "α"]) == ["Prälymphozyt", "class 2", "α"]
+    assert list(evaluate.drawable(["Prälymphozyt", "淋巴细胞", "μm"]).values()) == [
+        "Prälymphozyt",
+        "class 2",
+        "μm",
+    ]
     assert gradcam.drawable(["b\udcff", "好中球"]) == {"b\udcff": "b\\udcff", "好中球": "class 2"}
 
 

@@ -20,7 +20,7 @@ CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # row, column of a quadrant
 
 
 def objects(size, texture, side=None):
-    """Four images, float32 [4,3,size,size], 0 but for a patch of texture in the middle of one quadrant each."""
+    """Four images, float32 [4,3,size,size], 0 but for a patch of texture in a quadrant each."""
     side = side or size // 4
     images = torch.zeros(4, 3, size, size)
     for image, (row, column) in zip(images, CORNERS):
@@ -46,7 +46,8 @@ def for_and_against(net):
 
 
 def check_follows(net, size, threshold):
-    """Without biases, a blank background has no features at all: heat for class 0 can only come from the object."""
+    """Without biases, a blank background has no features at all: heat for class 0 can only come from the
+    object."""
     images = objects(size, torch.randn(3, size, size, generator=torch.Generator().manual_seed(1)))
     heat = gradcam.heatmaps(net, images, [0] * 4)
     assert heat.shape == (4, size, size) and heat.dtype == np.float32 and heat.min() >= 0
@@ -72,9 +73,9 @@ def test_vgg_heat_moves_with_the_object():
 
 
 def patches_alike(net, image):
-    """Rewire a ViT: its class token gathers all patches alike, as its last block's first norm gives them; what image
-    shows speaks for class 0 and against class 1. So the map is known: it is where the object is.
-    """
+    """Rewire a ViT: its class token gathers all patches alike, as its last block's first norm gives them;
+    what image shows speaks for class 0 and against class 1. So the map is known: it is where the object
+    is."""
     last, width, features = net.encoder.layers[-1], net.hidden_dim, []
     with torch.no_grad():
         net.encoder.pos_embedding.zero_()
@@ -121,7 +122,8 @@ def test_same_maps_as_grad_cam_used_plainly(name, size, layer):
 
 
 def test_resnet_map_is_the_class_activation_map():
-    """With average pooling before one linear layer, Grad-CAM is CAM (Zhou et al. 2016): ReLU of sum_k w_ck A_k."""
+    """With average pooling before one linear layer, Grad-CAM is CAM (Zhou et al. 2016): ReLU of sum_k w_ck
+    A_k."""
     torch.manual_seed(0)
     net, images = models.build_model("resnet18", 3).eval(), torch.randn(2, 3, 224, 224)
     ours, kept = gradcam.heatmaps(net, images, [2, 2]), []
@@ -136,7 +138,8 @@ def test_resnet_map_is_the_class_activation_map():
 
 
 def test_small_images_keep_places_enough():
-    """At 32 pixels a ResNet's last layer has one place, whose map would be blank: the last stage with 7 x 7 is shown."""
+    """At 32 pixels a ResNet's last layer has one place, whose map would be blank: the last stage with 7 x 7
+    is shown."""
     torch.manual_seed(0)
     net, images = models.build_model("resnet18", 2), torch.randn(3, 3, 32, 32)
     layer, side = gradcam.layer_for(net, images)

@@ -1,6 +1,8 @@
-"""Doubtful labels: 3% of the labels of simulated cells are flipped, half of them to the most similar class; who finds them?
+"""Doubtful labels: 3% of the labels of simulated cells are flipped, half of them to the most similar class;
+who finds them?
 
-Confident learning is compared with cleanlab where that is installed (pip install cleanlab); it is no requirement.
+Confident learning is compared with cleanlab where that is installed (pip install cleanlab); it is no
+requirement.
 """
 
 import csv
@@ -14,22 +16,8 @@ from sklearn.model_selection import StratifiedKFold
 import evaluate
 import report
 
-COUNTS = dict(
-    NGB=500,
-    NGS=1400,
-    LYT=1200,
-    MON=200,
-    EOS=280,
-    MMZ=150,
-    MYB=320,
-    PMO=580,
-    BLA=580,
-    ART=900,
-    EBO=1300,
-    HAC=60,
-    LYI=30,
-    FGC=20,
-)
+CLASSES = "NGB NGS LYT MON EOS MMZ MYB PMO BLA ART EBO HAC LYI FGC".split()
+COUNTS = dict(zip(CLASSES, (500, 1400, 1200, 200, 280, 150, 320, 580, 580, 900, 1300, 60, 30, 20)))
 
 
 def flip(labels, similar, share, rng):
@@ -41,7 +29,8 @@ def flip(labels, similar, share, rng):
 
 @pytest.fixture(scope="module")
 def simulation():
-    """Cells of Gaussian classes, mislabelled, and out-of-fold probabilities of classifiers that saw all classes equally often."""
+    """Cells of Gaussian classes, mislabelled, and out-of-fold probabilities of classifiers that saw all
+    classes equally often."""
     rng = np.random.default_rng(0)
     truth = np.repeat(np.arange(len(COUNTS)), list(COUNTS.values()))
     centres = rng.normal(size=(len(COUNTS), 8)) * 1.6
@@ -82,7 +71,8 @@ def quality(flagged, wrong):
 
 
 def test_flipped_labels_are_found(simulation):
-    """More than half of what is flagged is wrong, of 3% wrong labels; most wrong labels of classes that may be flagged are found."""
+    """More than half of what is flagged is wrong, of 3% wrong labels; most wrong labels of classes that may
+    be flagged are found."""
     suggested, score, flagged = search(simulation)
     wrong, common = (
         simulation["wrong"],
@@ -104,7 +94,8 @@ def test_uncorrected_probabilities_cost_precision(simulation):
 
 
 def test_picking_by_score_beats_the_off_diagonal_itself(simulation):
-    """As many labels are flagged as confident learning counts, those of highest score: better than the counted images themselves."""
+    """As many labels are flagged as confident learning counts, those of highest score: better than the
+    counted images themselves."""
     labels, folds, wrong = simulation["labels"], simulation["folds"], simulation["wrong"]
     images = np.bincount(labels)
     plain = np.zeros(len(labels), bool)
@@ -119,7 +110,8 @@ def test_picking_by_score_beats_the_off_diagonal_itself(simulation):
 
 
 def test_rare_classes_are_ranked_but_never_flagged(simulation):
-    """Classes of under 50 images: none of their labels and no suggestion of them is flagged, some have a high score."""
+    """Classes of under 50 images: none of their labels and no suggestion of them is flagged, some have a high
+    score."""
     suggested, score, flagged = search(simulation)
     rare = np.bincount(simulation["labels"]) < report.ENOUGH
     touched = rare[simulation["labels"]] | rare[suggested]
@@ -134,7 +126,8 @@ def test_a_clean_fold_of_sure_predictions_has_no_flags():
 
 
 def test_thresholds_by_hand():
-    """Class means 0.8 and 0.6: the image labelled 0 with 0.65 for class 1 is counted to 1, the one with 0.55 to none."""
+    """Class means 0.8 and 0.6: the image labelled 0 with 0.65 for class 1 is counted to 1, the one with 0.55
+    to none."""
     p = np.array(
         [
             [0.95, 0.05],
@@ -162,7 +155,8 @@ def test_a_class_absent_from_a_fold_attracts_nothing():
 
 
 def test_agrees_with_cleanlab(simulation):
-    """The same images off the diagonal, fold by fold, as cleanlab's filter 'confident_learning', and as many as it counts."""
+    """The same images off the diagonal, fold by fold, as cleanlab's filter 'confident_learning', and as many
+    as it counts."""
     cleanlab_filter, cleanlab_count = (
         pytest.importorskip("cleanlab.filter"),
         pytest.importorskip("cleanlab.count"),
@@ -206,7 +200,8 @@ def issues_of(runs, contradicted=()):
 
 
 def test_rows_from_a_study_on_disk(simulation, tmp_path):
-    """label_issues.csv holds exactly the images with another class on top, most doubtful first, flags as in memory."""
+    """label_issues.csv holds exactly the images with another class on top, most doubtful first, flags as in
+    memory."""
     write_study(tmp_path, simulation)
     rows = issues_of(tmp_path)
     _, score, flagged = search(simulation)
@@ -223,7 +218,8 @@ def test_rows_from_a_study_on_disk(simulation, tmp_path):
 
 
 def test_contradicting_labels_come_first(simulation, tmp_path):
-    """Two images of one cell with two labels: flagged whatever the network says, with the other's label and the reason."""
+    """Two images of one cell with two labels: flagged whatever the network says, with the other's label and
+    the reason."""
     write_study(tmp_path, simulation)
     classes, labels, sure = list(COUNTS), simulation["labels"], simulation["p"].max(1) > 0.9
     one, other = (np.flatnonzero(sure & (labels == c) & ~simulation["wrong"])[0] for c in (0, 2))

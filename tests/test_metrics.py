@@ -1,7 +1,8 @@
 """Tables 4 and 5: each score, mean, ± and column of evaluate.py.
 
-Truth comes from scikit-learn's precision_recall_fscore_support, f1_score and accuracy_score, from Python's statistics
-module, from counts by hand, and from the paper: its Table 5 has to give its Table 4 (paper/table4.csv, paper/table5.csv).
+Truth comes from scikit-learn's precision_recall_fscore_support, f1_score and accuracy_score, from Python's
+statistics module, from counts by hand, and from the paper: its Table 5 has to give its Table 4
+(paper/table4.csv, paper/table5.csv).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ TABLE4 = (
 TABLE5 = "class,images,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std".split(",")
 
 
-# ---------------------------------------------------------------- files as train.py leaves them, and the command
+# ---------------------------------------------------------------- files as train.py leaves them
 def write_csv(file, rows):
     """Rows of any names, as Python's csv module writes them."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def read_csv(file):
 
 
 def write_predictions(runs, run, fold, rows, classes):
-    """predictions.csv of rows (path, label, prediction): 0.9 for the prediction, the others share the rest."""
+    """predictions.csv of rows (path, label, prediction): 0.9 for the prediction, the rest shared."""
     rest = f"{0.1 / (len(classes) - 1):.7g}"
     return write_csv(
         runs.joinpath("train", *run, f"fold{fold}", "predictions.csv"),
@@ -58,9 +59,11 @@ def write_predictions(runs, run, fold, rows, classes):
 
 
 def simulate(runs, counts, networks, folds=5, seed=0):
-    """A study of `counts` {class: images}, split.csv and all; `networks` {(model, init): share that is right, the others at random}.
+    """A study of `counts` {class: images}, split.csv and all; `networks` {(model, init): share that is right,
+    the others at random}.
 
-    Images of a class are dealt to the folds in turn. Returns {((model, init), fold): (labels, predictions)}, lists of names.
+    Images of a class are dealt to the folds in turn. Returns {((model, init), fold): (labels,
+    predictions)}, lists of names.
     """
     rng, classes, answers = np.random.default_rng(seed), list(counts), {}
     images = [(f"{name}/{i}.jpg", name, i % folds) for name, number in counts.items() for i in range(number)]
@@ -129,7 +132,8 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """(runs, answers, stdout of --compare paper/table4.csv); resnet152 mine has four folds, alexnet one, vit_l_32 random two."""
+    """(runs, answers, stdout of --compare paper/table4.csv); resnet152 mine has four folds, alexnet one,
+    vit_l_32 random two."""
     runs = tmp_path_factory.mktemp("study") / "runs"
     answers = simulate(runs, COUNTS, NETWORKS)
     unfinished = {
@@ -199,7 +203,8 @@ def test_scores_of_a_class_agree_with_scikit_learn(seed):
 
 
 def test_scores_by_hand():
-    """Class 2 is never predicted: zero. Class 3 has no image: left out, though one image of class 0 was taken for it."""
+    """Class 2 is never predicted: zero. Class 3 has no image: left out, though one image of class 0 was taken
+    for it."""
     labels, predictions = [0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 3, 1, 0, 0]
     precision, recall, f1 = evaluate.per_class_scores(labels, predictions, 4)
     nan = pytest.approx(float("nan"), nan_ok=True)
@@ -210,7 +215,7 @@ def test_scores_by_hand():
 
 def test_f1_is_the_harmonic_mean():
     """Precision 3/4, recall 3/5: 2 * 9/20 / (27/20) = 2/3."""
-    labels, predictions = [0] * 5 + [1] * 5, [0, 0, 0, 1, 1] + [0, 1, 1, 1, 1]
+    labels, predictions = [0] * 5 + [1] * 5, [0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
     precision, recall, f1 = (column[0] for column in evaluate.per_class_scores(labels, predictions, 2))
     assert (precision, recall, f1) == pytest.approx((3 / 4, 3 / 5, 2 / 3))
 
@@ -243,7 +248,8 @@ def published():
 
 
 def test_the_published_table_5_gives_the_published_table_4(published):
-    """Mean over classes of the means, ± the mean over classes of the stds: 0.787 ± 0.060, 0.755 ± 0.061, 0.762 ± 0.050."""
+    """Mean over classes of the means, ± the mean over classes of the stds: 0.787 ± 0.060, 0.755 ± 0.061,
+    0.762 ± 0.050."""
     (row,) = evaluate.table4_rows(published[1])
     theirs = next(
         row
@@ -259,7 +265,7 @@ def test_the_published_table_5_gives_the_published_table_4(published):
 
 
 def test_four_classes_of_the_paper_have_fewer_than_100_images(published):
-    """f1_common leaves KSC, ABE, LYI and FGC out; the mean of the other 17 by hand from the published column."""
+    """f1_common leaves KSC, ABE, LYI and FGC out; the mean of the other 17 by hand."""
     table5, study = published
     rare = {row["class"] for row in table5 if int(row["images"]) < 100}
     assert rare == {"KSC", "ABE", "LYI", "FGC"}
@@ -282,7 +288,8 @@ def test_table_5_begins_with_the_columns_agreed_upon(study):
 
 @pytest.mark.parametrize("run", NETWORKS)
 def test_table_5_holds_mean_and_std_over_the_folds_that_test_the_class(study, run):
-    """ABE's 3 images are tested in folds 0 to 2, the one HAC in fold 0: of one value there is no std, of none no mean."""
+    """ABE's 3 images are tested in folds 0 to 2, the one HAC in fold 0: of one value there is no std, of none
+    no mean."""
     values = by_scikit_learn(study[1], run)
     for row in read_csv(study[0] / f"results/table5_{'_'.join(run)}.csv"):
         for score, of_folds in values[row["class"]].items():
@@ -360,7 +367,8 @@ def test_a_class_that_a_fold_does_not_test_is_named(study):
 
 
 def test_a_class_left_out_of_a_fold_by_hand(tmp_path):
-    """a: recalls 1 and 1/2. b is tested in fold 0 alone and right there: 1, without a std. c never predicted: 0 and 0."""
+    """a: recalls 1 and 1/2. b is tested in fold 0 alone and right there: 1, without a std. c never predicted:
+    0 and 0."""
     write_predictions(tmp_path, ("m", "i"), 0, [("1", "a", "a"), ("2", "b", "b"), ("3", "c", "a")], "abc")
     write_predictions(tmp_path, ("m", "i"), 1, [("4", "a", "a"), ("5", "a", "b"), ("6", "c", "a")], "abc")
     assert command("--runs", tmp_path)[0] == 0
@@ -378,7 +386,8 @@ def test_a_class_left_out_of_a_fold_by_hand(tmp_path):
 
 
 def test_a_class_counts_by_its_images_in_the_split_not_by_those_tested_so_far(tmp_path):
-    """100 of a and 99 of b, of which fold 0, the only one so far, tests 50 each, all taken for a: of a 1/2 and 1, so F1 is 2/3."""
+    """100 of a and 99 of b, of which fold 0, the only one so far, tests 50 each, all taken for a: of a 1/2
+    and 1, so F1 is 2/3."""
     counts = {"a": 100, "b": 99}
     simulate(tmp_path, counts, {("m", "i"): 1}, folds=2)
     shutil.rmtree(tmp_path / "train/m/i/fold1")
@@ -401,7 +410,8 @@ def test_without_a_split_the_images_are_those_tested_so_far(tmp_path):
 
 # ---------------------------------------------------------------- where nothing overlaps
 def overlapping_study(runs, seed=0):
-    """A study with a validation part and pairs of overlapping images; returns what the files say, as dicts and lists."""
+    """A study with a validation part and pairs of overlapping images; returns what the files say, as dicts
+    and lists."""
     rng, answers = (
         np.random.default_rng(seed),
         simulate(runs, COUNTS, {("vit_l_32", "cd"): 0.7, ("resnet152", "cd"): 0.5}),
@@ -424,7 +434,8 @@ def overlapping_study(runs, seed=0):
 
 
 def test_scores_where_nothing_overlaps_are_those_of_the_images_without_a_partner_in_training(tmp_path):
-    """By hand, image by image: partners in the fold's validation part don't count, and neither do images the split has not."""
+    """By hand, image by image: partners in the fold's validation part don't count, and neither do images the
+    split has not."""
     split, pairs, answers = overlapping_study(tmp_path)
     status, out, err = command("--runs", tmp_path)
     assert (status, err) == (0, "")
@@ -488,7 +499,7 @@ def test_no_overlap_anywhere_leaves_the_scores_as_they_are(tmp_path):
 
 
 def test_groups_are_counted_by_hand(tmp_path):
-    """Patient p is tested in fold 0 and trained on there, q and r are not; in fold 1 each is on its own side."""
+    """In fold 0 patient p has an image in training, q not; in fold 1 q has one, r not."""
     rows = [
         ("1", "a", "test", "train", "p"),
         ("2", "a", "train", "train", "p"),
@@ -621,7 +632,8 @@ def test_rows_stand_in_the_order_of_the_papers_table_4_then_by_name(tmp_path):
 
 # ---------------------------------------------------------------- beside the published numbers
 def comparison_in(out):
-    """The comparison that --compare prints below Table 4: {(model, pre-training): cells in groups of ours, theirs, difference}."""
+    """The comparison that --compare prints below Table 4: {(model, pre-training): cells in groups of ours,
+    theirs, difference}."""
     lines = out.splitlines()
     start = max(i for i, line in enumerate(lines) if "theirs" in line and line.startswith("|"))
     table = cells_of("\n".join(lines[start:]))

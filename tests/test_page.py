@@ -1,7 +1,9 @@
-"""The page in a real headless Chromium: no console errors, nothing sticks out at 1280 and 390 pixels, all pictures load, verdicts export.
+"""The page in a real headless Chromium: no console errors, nothing sticks out at 1280 and 390 pixels, all
+pictures load, verdicts export.
 
-Drives Debian's chromium over its DevTools pipe, without any library; skipped where there is none (apt-get install chromium).
-Run as a script, it leaves a simulated study to look at:    python tests/test_page.py FOLDER [images] [networks] [pre-trainings]
+Drives Debian's chromium over its DevTools pipe, without any library; skipped where there is none (apt-get
+install chromium). Run as a script, it leaves a simulated study to look at:    python tests/test_page.py
+FOLDER [images] [networks] [pre-trainings]
 """
 
 import base64
@@ -24,40 +26,16 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import report  # noqa: E402
 
-BM = dict(
-    zip(
-        evaluate.CLASSES,
-        (
-            9968,
-            29424,
-            26242,
-            4040,
-            5883,
-            441,
-            3055,
-            6557,
-            11994,
-            11973,
-            7629,
-            42,
-            294,
-            19630,
-            3538,
-            2740,
-            27395,
-            409,
-            8,
-            65,
-            47,
-        ),
-    )
-)
+COUNTS = """9968 29424 26242 4040 5883 441 3055 6557 11994 11973 7629 42 294 19630 3538 2740 27395 409 8 65
+47"""
+BM = dict(zip(evaluate.CLASSES, map(int, COUNTS.split())))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 # ---------------------------------------------------------------- a simulated study
 def simulate_images(counts, seed=0, flipped=0.03):
-    """Features [N,8] and labels of images of classes with these counts, a share of them mislabelled; (features, labels, truth)."""
+    """Features [N,8] and labels of images of classes with these counts, a share of them mislabelled;
+    (features, labels, truth)."""
     rng = np.random.default_rng(seed)
     truth = np.repeat(np.arange(len(counts)), counts)
     centres = rng.normal(size=(len(counts), 8)) * 1.5
@@ -81,7 +59,7 @@ def write_predictions(file, paths, labels, probabilities, classes):
 
 
 def simulate_run(folder, fold, study, *, quality, seed, epochs=12, val=True):
-    """One fold of a configuration: predictions of a network whose idea of the classes is off by 1 / quality."""
+    """One fold of a run: predictions of a network whose idea of the classes is off by 1 / quality."""
     classes, paths, labels, centres, features, parts = study
     rng = np.random.default_rng([seed, fold])
     folder.mkdir(parents=True)
@@ -110,17 +88,8 @@ def write_log(file, rng, epochs):
         out.writerow("epoch lr train_loss val_loss val_accuracy images_per_second seconds".split())
         for epoch in range(1, epochs + 1):
             loss = 2.5 * np.exp(-epoch / 4) + 0.1
-            out.writerow(
-                [
-                    epoch,
-                    0.01 if epoch < 8 else 0.001,
-                    loss,
-                    loss * rng.uniform(1, 1.3),
-                    1 - loss / 3,
-                    100,
-                    12.5,
-                ]
-            )
+            rate = 0.01 if epoch < 8 else 0.001
+            out.writerow([epoch, rate, loss, loss * rng.uniform(1, 1.3), 1 - loss / 3, 100, 12.5])
 
 
 def write_range_test(folder):
@@ -146,7 +115,8 @@ def simulate_study(
     cells=BM,
     val=True,
 ):
-    """Finished runs of `cells` {class: share} and some pictures; file names for the first mislabelled images. Returns Path of runs/."""
+    """Finished runs of `cells` {class: share} and some pictures; file names for the first mislabelled images.
+    Returns Path of runs/."""
     counts = np.maximum(np.array(list(cells.values())) * images // sum(cells.values()), 8)
     classes = list(cells)
     centres, features, labels, truth = simulate_images(counts, seed)
@@ -198,23 +168,15 @@ def draw_cell(file):
 
 # ---------------------------------------------------------------- a browser
 class Browser:
-    """Headless Chromium behind its DevTools pipe: messages are JSON, ended by a zero byte, on file descriptors 3 and 4."""
+    """Headless Chromium behind its DevTools pipe: messages are JSON, ended by a zero byte, on file
+    descriptors 3 and 4."""
 
     def __init__(self, folder):
         self.folder, self.events, self.number = pathlib.Path(folder), [], 0
         to_chromium, from_chromium = os.pipe(), os.pipe()
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={folder}/profile",
-            "about:blank",
-        ]
+        options = "headless no-sandbox disable-gpu disable-dev-shm-usage no-first-run hide-scrollbars"
+        options = [f"--{name}" for name in f"{options} remote-debugging-pipe".split()]
+        command = [CHROMIUM, *options, f"--user-data-dir={folder}/profile", "about:blank"]
         inner = f'exec 3<&{to_chromium[0]} 4>&{from_chromium[1]}; exec "$0" "$@"'
         self.process = subprocess.Popen(
             ["bash", "-c", inner, *command],
@@ -332,12 +294,12 @@ def make_page(runs, *arguments):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of a study of two networks and three pre-trainings with all that a night can leave: unfinished, failed, odd names."""
+    """The page of a study of two networks and three pre-trainings with all that a night can leave:
+    unfinished, failed, odd names."""
     folder = tmp_path_factory.mktemp("study")
     runs = simulate_study(folder, images=700, names=NASTY, pictures=0)
-    rows = list(
-        csv.DictReader(open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline=""))
-    )
+    with open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        rows = list(csv.DictReader(handle))
     for row in rows[::3]:
         draw_cell(folder / "bm" / row["path"])
     pairs = [[a["path"], b["path"]] for a, b in zip(rows[::50], rows[1::50])]
@@ -345,7 +307,7 @@ def page(tmp_path_factory):
         csv.writer(handle).writerows(
             [
                 ["first", "second", "dx", "dy", "difference", "area"],
-                *(pair + [60, 30, 0.15, 0.6] for pair in pairs),
+                *([*pair, 60, 30, 0.15, 0.6] for pair in pairs),
             ]
         )
     (runs / "data").mkdir()
@@ -404,7 +366,8 @@ def test_no_complaints_and_no_network(browser, page):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_sticks_out(browser, page, width):
-    """No element reaches past the window's edge, but for what lies in a box that scrolls sideways; such a box can have the focus."""
+    """No element reaches past the window's edge, but for what lies in a box that scrolls sideways; such a box
+    can have the focus."""
     browser.open(page, width)
     assert (
         browser.run("document.documentElement.scrollWidth")
@@ -412,15 +375,17 @@ def test_nothing_sticks_out(browser, page, width):
         == width
     )
     outside = """[...document.body.querySelectorAll("*")].filter(e => !e.parentElement.closest(".wide")
-        && (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5)).map(e => e.outerHTML.slice(0, 200))"""
+        && (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5))
+        .map(e => e.outerHTML.slice(0, 200))"""
     assert browser.run(outside) == []
     assert browser.run(
-        """[...document.querySelectorAll(".wide")].every(e => e.tabIndex == 0 && e.getAttribute("aria-label"))"""
+        """[...document.querySelectorAll(".wide")].every(
+            e => e.tabIndex == 0 && e.getAttribute("aria-label"))"""
     )
     if width == 1280:
         assert (
             browser.run(
-                """[...document.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth).length"""
+                "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).length"
             )
             == 0
         )
@@ -431,7 +396,8 @@ def test_nothing_sticks_out_in_print(browser, page):
     browser.open(page, 718)
     browser.call("Emulation.setEmulatedMedia", media="print")
     widest = browser.run(
-        """Math.max(...[...document.querySelectorAll("table, img, figure, p")].map(e => e.getBoundingClientRect().right))"""
+        """Math.max(...[...document.querySelectorAll("table, img, figure, p")].map(
+            e => e.getBoundingClientRect().right))"""
     )
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
     browser.call("Emulation.setEmulatedMedia", media="")
@@ -439,10 +405,12 @@ def test_nothing_sticks_out_in_print(browser, page):
 
 
 def test_all_pictures_load_and_say_what_they_show(browser, page):
-    """Curves, reliability, coverage, confusion matrix, range test, heatmap, thumbnails: all inside the page, all with an alt text."""
+    """Curves, reliability, coverage, confusion matrix, range test, heatmap, thumbnails: all inside the page,
+    all with an alt text."""
     browser.open(page, 1280)
     pictures = browser.run(
-        """[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.src.slice(0, 11), i.alt, i.closest("section").id])"""
+        """[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.src.slice(0, 11), i.alt,
+            i.closest("section").id])"""
     )
     assert all(loaded and source == "data:image/" and alt for loaded, source, alt, _ in pictures)
     where = [section for *_, section in pictures]
@@ -455,23 +423,28 @@ def test_all_pictures_load_and_say_what_they_show(browser, page):
 
 
 def test_tables_have_captions_and_headers(browser, page):
-    """What a screen reader needs: language, one h1, a caption, column and row headers of every table, no heading level left out."""
+    """What a screen reader needs: language, one h1, a caption, column and row headers of every table, no
+    heading level left out."""
     browser.open(page, 1280)
     assert (
         browser.run("document.documentElement.lang") == "en"
         and browser.run("document.querySelectorAll('h1').length") == 1
     )
-    faults = """[...document.querySelectorAll("table")].filter(t => !t.getAttribute("aria-label") || t.tHead.rows[0].cells.length != t.tBodies[0].rows[0].cells.length
-        || [...t.tHead.rows[0].cells].some(c => c.scope != "col") || [...t.tBodies[0].rows].some(r => r.cells[0].scope != "row")).map(t => t.outerHTML.slice(0, 300))"""
+    faults = """[...document.querySelectorAll("table")].filter(t => !t.getAttribute("aria-label")
+        || t.tHead.rows[0].cells.length != t.tBodies[0].rows[0].cells.length
+        || [...t.tHead.rows[0].cells].some(c => c.scope != "col")
+        || [...t.tBodies[0].rows].some(r => r.cells[0].scope != "row")).map(t => t.outerHTML.slice(0, 300))"""
     assert browser.run(faults) == [] and browser.run("document.querySelectorAll('table').length") >= 8
     links = browser.run(
-        "[...document.querySelectorAll('nav a')].map(a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])"
+        """[...document.querySelectorAll('nav a')].map(
+            a => [a.textContent, !!document.querySelector(a.getAttribute('href'))])"""
     )
     assert len(links) == 9 and all(there for _, there in links)
 
 
 def test_progress_and_failures(browser, page):
-    """Which folds are finished, which under way, what failed and why, which files can't be right, which image is unreadable."""
+    """Which folds are finished, which under way, what failed and why, which files can't be right, which image
+    is unreadable."""
     browser.open(page, 1280)
     text = browser.run("document.body.textContent")
     for part in (
@@ -488,7 +461,7 @@ def test_progress_and_failures(browser, page):
 
 
 def test_numbers_are_those_of_the_tables(browser, page):
-    """Table 4 and Table 5 of the page equal evaluate.py's, with the paper's numbers below; no cell says nan."""
+    """Tables 4 and 5 of the page equal evaluate.py's, the paper's numbers below; no cell says nan."""
     browser.open(page, 1280)
     study = evaluate.read_study(page.parent.parent)
     text = browser.run("document.body.textContent").replace("\xa0", " ")
@@ -503,10 +476,12 @@ def test_numbers_are_those_of_the_tables(browser, page):
 
 
 def test_the_forest_plot_comes_first(browser, page):
-    """Before any other picture or table: a dot at each row's F1, between the ends of its interval, a diamond at the paper's F1."""
+    """Before any other picture or table: a dot at each row's F1, between the ends of its interval, a diamond
+    at the paper's F1."""
     browser.open(page, 1280)
     assert browser.run("document.querySelector('main table, main img').className") == "forest"
-    middle = "(e => { const box = e.getBoundingClientRect(); return [box.left, (box.left + box.right) / 2, box.right] })"
+    middle = """(e => { const box = e.getBoundingClientRect();
+        return [box.left, (box.left + box.right) / 2, box.right] })"""
     ticks = browser.run(
         f"[...document.querySelectorAll('.axis span')].map(e => [+e.textContent, {middle}(e)[1]])"
     )
@@ -525,7 +500,8 @@ def test_the_forest_plot_comes_first(browser, page):
 
 
 def test_the_interval_is_that_of_the_corrected_t_test():
-    """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 * sqrt(1/3 + 20/64) by hand."""
+    """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 *
+    sqrt(1/3 + 20/64) by hand."""
     folds = {
         k: evaluate.Fold(np.diag([10, 10]), np.full((3, 2), f1), 64.0) for k, f1 in enumerate((0.5, 0.6, 0.7))
     }
@@ -539,7 +515,8 @@ def test_the_interval_is_that_of_the_corrected_t_test():
 
 
 def test_overlaps_are_counted_by_hand(tmp_path):
-    """Images of 100 pixels, so that less than 16 of displacement is the same cell; two folds, of which each image is tested in one."""
+    """Images of 100 pixels, so that less than 16 of displacement is the same cell; two folds, of which each
+    image is tested in one."""
     split = [
         "path,label,fold0,fold1",
         "A/a,A,test,train",
@@ -557,7 +534,8 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     pairs = ["first,second,dx,dy,difference,area", "A/a,B/b,9,-12,0.15,0.8", "A/c,B/d,16,0,0.15,0.8"]
     (tmp_path / "overlaps.csv").write_text("\n".join(pairs) + "\n")
     found = report.of_overlaps(study := evaluate.read_study(tmp_path), tmp_path, "f1")
-    # fold 0: a has b in training, c has d in validation only, e has f and g; fold 1: b has a, d has c, f and g have e
+    # fold 0: a has b in training, c has d in validation alone, e has f and g
+    # fold 1: b has a, d has c, f and g have e
     assert study.overlaps.startswith("3 of 7 test images") and found["twins"] == {
         ("A/e", "fold0"),
         ("B/f", "fold1"),
@@ -575,7 +553,8 @@ def test_overlaps_are_counted_by_hand(tmp_path):
 
 
 def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
-    """Buttons tell their state, a second press takes it back, a reload keeps it, the CSV reads back with its odd names."""
+    """Buttons tell their state, a second press takes it back, a reload keeps it, the CSV reads back with its
+    odd names."""
     browser.open(page, 390)
     browser.run("localStorage.clear()")
     browser.open(page, 390)
@@ -616,10 +595,12 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
     ]
     assert [row["path"] for row in rows] == [cells[i]["path"] for i in (0, 2, 3, odd)]
     assert list(rows[0]) == ["rank", "path", "label", "suggested", "score", "verdict"]
-    # a page made anew, whose best network suggests another class for the first cell: nobody has judged that one
+    # a page made anew, whose best network suggests another class for the first cell
     assert (
-        browser.run("""(() => { const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
-        delete all[key]; row.suggested = "another"; all[[row.path, row.label, row.suggested].join("\\n")] = row;
+        browser.run("""(() => {
+        const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
+        delete all[key]; row.suggested = "another";
+        all[[row.path, row.label, row.suggested].join("\\n")] = row;
         localStorage.setItem(store, JSON.stringify(all)); return Object.keys(all).length })()""")
         == 4
     )
@@ -632,10 +613,12 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
 
 
 def test_the_gallery_shows_label_issues_flagged_ones_first(browser, page):
-    """Same images in the same order but for that; the CSV reads back any file name, bytes that are no text included."""
+    """Same images in the same order but for that; the CSV reads back any file name, bytes that are no text
+    included."""
     browser.open(page, 1280)
     shown = browser.run(
-        "[...document.querySelectorAll('.cell')].map(c => [c.dataset.path, c.dataset.label, c.dataset.suggested])"
+        """[...document.querySelectorAll('.cell')].map(
+            c => [c.dataset.path, c.dataset.label, c.dataset.suggested])"""
     )
     with open(
         page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline=""
@@ -669,7 +652,8 @@ def test_nothing_has_been_run(browser, tmp_path):
 
 
 def test_one_fold_without_anything_beside_it(browser, tmp_path):
-    """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow: all of this is said."""
+    """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow:
+    all of this is said."""
     runs = simulate_study(
         tmp_path,
         models=("resnet18",),
@@ -703,7 +687,8 @@ def test_one_fold_without_anything_beside_it(browser, tmp_path):
 
 
 def test_eight_images_all_right_get_their_page(tmp_path):
-    """Too few for any bin of the reliability diagram, so that none is drawn; the commands it names are of these folders."""
+    """Too few for any bin of the reliability diagram, so that none is drawn; the commands it names are of
+    these folders."""
     for fold in range(2):
         paths, labels = [f"{fold}{i}" for i in range(4)], np.arange(4) % 2
         p = np.where(np.eye(2)[labels] > 0, 0.6, 0.4)
@@ -730,7 +715,8 @@ def test_mistakes_get_one_line(page, arguments, message):
 
 @pytest.mark.long
 def test_as_a_script(page, run, tmp_path):
-    """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is nothing."""
+    """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is
+    nothing."""
     done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path)
     assert (
         done.returncode == 0
@@ -746,6 +732,6 @@ if __name__ == "__main__":
     size = int(sys.argv[2]) if len(sys.argv) > 2 else 2500
     networks, starts = (
         list(names)[: int(n)]
-        for names, n in zip((evaluate.MODELS, evaluate.INITS), (sys.argv[3:] + [2, 3])[:2])
+        for names, n in zip((evaluate.MODELS, evaluate.INITS), [*sys.argv[3:], 2, 3][:2])
     )
     print(simulate_study(pathlib.Path(sys.argv[1]), images=size, models=networks, inits=starts))

@@ -1,4 +1,5 @@
-"""New images are judged honestly: by the networks' mean, without those they were trained on, at the prior that is named."""
+"""New images are judged honestly: by the networks' mean, without those they were trained on, at the prior
+that is named."""
 
 import csv
 import shutil
@@ -21,6 +22,12 @@ import predict
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--device", "cpu"])
     predict.main()
+
+
+def predict_new(monkeypatch, runs, folder, *more):
+    """Fold 0's network on folder/new, into folder/out."""
+    places = "--images", folder / "new", "--out", folder / "out"
+    command(monkeypatch, "--checkpoint", checkpoint(runs, 0), *places, *more)
 
 
 def refusal(monkeypatch, *args):
@@ -52,7 +59,8 @@ def copy_cells(cells, paths, folder, rename=str):
 
 
 def test_a_folds_test_images_as_new_images(trained, tmp_path, monkeypatch, capsys):
-    """The same predictions as the run's own; scores as scikit-learn's; training images left out though renamed."""
+    """The same predictions as the run's own; scores as scikit-learn's; training images left out though
+    renamed."""
     runs, cells = trained
     own = {row["path"]: row for row in read(checkpoint(runs, 0).with_name("predictions.csv"))}
     copy_cells(cells, own, tmp_path / "new")
@@ -154,15 +162,7 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
     (folder / "half.jpg").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").touch()
     (folder / "notes.jpeg").write_text("no image")
-    command(
-        monkeypatch,
-        "--checkpoint",
-        checkpoint(runs, 0),
-        "--images",
-        tmp_path / "new",
-        "--out",
-        tmp_path / "out",
-    )
+    predict_new(monkeypatch, runs, tmp_path)
     rows = read(tmp_path / "out" / "predictions.csv")
     assert [row["path"].split("/")[-1] for row in rows] == [
         "alpha.png",
@@ -214,16 +214,7 @@ def test_system_folders_are_no_images_and_pictures_not_read_are_listed(
     (tmp_path / "new/@eaDir/2.heic").write_bytes(b"a thumbnail")
     for name in ("a.HEIC", "sub/b.heic", "sub/c.dcm", "notes.txt"):
         (tmp_path / "new" / name).write_bytes(b"something")
-    command(
-        monkeypatch,
-        "--checkpoint",
-        checkpoint(runs, 0),
-        "--images",
-        tmp_path / "new",
-        "--out",
-        tmp_path / "out",
-        "--no-heatmaps",
-    )
+    predict_new(monkeypatch, runs, tmp_path, "--no-heatmaps")
     assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(cells.paths[:2])
     others = [row["path"] for row in read(tmp_path / "out/left_out.csv") if "type" in row["why"]]
     assert others == ["a.HEIC", "sub/b.heic", "sub/c.dcm"]
@@ -238,15 +229,7 @@ def test_file_names_as_long_as_a_file_system_takes_them(trained, tmp_path, monke
     (tmp_path / "new").mkdir()
     for path, name in zip(cells.paths, names):
         shutil.copy(cells.root / path, tmp_path / "new" / name)
-    command(
-        monkeypatch,
-        "--checkpoint",
-        checkpoint(runs, 0),
-        "--images",
-        tmp_path / "new",
-        "--out",
-        tmp_path / "out",
-    )
+    predict_new(monkeypatch, runs, tmp_path)
     assert [row["path"] for row in read(tmp_path / "out/predictions.csv")] == sorted(names)
     maps = list((tmp_path / "out/heatmaps").iterdir())
     assert len(maps) == 3 and all(cv2.imread(str(file)) is not None for file in maps)
@@ -261,9 +244,8 @@ def test_a_map_of_folder_names(trained, tmp_path, monkeypatch, capsys):
     ]
     theirs = {"NGS": "Segmented neutrophil", "LYT": "Lymphocyte"}
     for row in own:
-        copy_cells(
-            cells, [row["path"]], tmp_path / "new", lambda p: f"{theirs[row['label']]}/{p.split('/')[-1]}"
-        )
+        (tmp_path / "new" / theirs[row["label"]]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(cells.root / row["path"], tmp_path / "new" / theirs[row["label"]])
     copy_cells(cells, [own[0]["path"]], tmp_path / "new", lambda p: "Unknown cell/1.jpg")
     options = (
         "--checkpoint",
@@ -340,18 +322,7 @@ def test_new_images_at_the_frequencies_of_training(trained, tmp_path, monkeypatc
     runs, cells = trained
     own = read(checkpoint(runs, 0).with_name("predictions.csv"))[::4]
     copy_cells(cells, [row["path"] for row in own], tmp_path / "new")
-    command(
-        monkeypatch,
-        "--checkpoint",
-        checkpoint(runs, 0),
-        "--images",
-        tmp_path / "new",
-        "--out",
-        tmp_path / "out",
-        "--no-heatmaps",
-        "--prior",
-        "train",
-    )
+    predict_new(monkeypatch, runs, tmp_path, "--no-heatmaps", "--prior", "train")
     parts = parts_of(runs, 0)
     counts = np.array(
         [

@@ -1,6 +1,8 @@
-"""Invalid files: evaluate.py names each with its reason in one line, makes its tables of the rest, and ends with status 1.
+"""Invalid files: evaluate.py names each with its reason in one line, makes its tables of the rest, and ends
+with status 1.
 
-Truth is what was done to the file; the tables that remain are compared with those of a study that never had it.
+Truth is what was done to the file; the tables that remain are compared with those of a study that never
+had it.
 """
 
 import itertools
@@ -50,7 +52,8 @@ def tables(runs):
 
 
 def assert_left_out(runs, file, *reasons):
-    """The command names the file and the reasons in one line, and writes the tables of a study without that file."""
+    """The command names the file and the reasons in one line, and writes the tables of a study without that
+    file."""
     status, out, err = command("--runs", runs)
     assert status == 1 and err.count("\n") == 1 and err.startswith(f"{file}: ")
     assert all(reason in err for reason in reasons), err
@@ -115,7 +118,7 @@ DAMAGES = {
     "no classes": (lambda content: b"path,label,prediction\r\n1,BLA,BLA\r\n", ""),
     "class twice": (replace(b"p_LYT", b"p_BLA"), ""),
     "row too short": (row(3, lambda fields: fields[:-1]), "could not convert"),
-    "row too long": (row(3, lambda fields: fields + [b"0"]), "Expected 6 fields in line 4, saw 7"),
+    "row too long": (row(3, lambda fields: [*fields, b"0"]), "Expected 6 fields in line 4, saw 7"),
     "all rows too long": (
         lambda content: content.replace(b"\r\n", b",0\r\n").replace(b",0\r\n", b"\r\n", 1),
         "",
@@ -177,7 +180,8 @@ def test_ties_and_rounding_are_no_damage(tmp_path):
 
 
 def test_a_file_cut_at_any_byte_is_named(runs):
-    """From nothing to the last byte but one: also where a whole row ends, by the split's number of test images."""
+    """From nothing to the last byte but one: also where a whole row ends, by the split's number of test
+    images."""
     shutil.rmtree(runs.joinpath("train", *GOOD))
     file = file_of(runs)
     content = file.read_bytes()
@@ -192,7 +196,7 @@ def test_a_file_cut_at_any_byte_is_named(runs):
 
 
 def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
-    """Whatever they are, the file is either refused in one line or read as whole rows of numbers from 0 to 1."""
+    """The file is either refused in one line or read as whole rows of numbers from 0 to 1."""
     rng, file, refused = random.Random(0), file_of(runs), 0
     content = file.read_bytes()
     for _ in range(400):
@@ -206,19 +210,15 @@ def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
         try:
             one = evaluate.read_predictions(file)
         except ValueError as error:
-            assert str(error).startswith(f"{file}: ") and len(str(error).splitlines()) == 1
-            refused += 1
+            message = str(error)
         else:
-            shape = len(one.paths), len(one.classes)
-            assert (
-                one.probabilities.shape == shape
-                and (one.probabilities >= 0).all()
-                and (one.probabilities <= 1.001).all()
-            )
-            assert (
-                max(one.labels.max(), one.predictions.max()) < shape[1]
-                and one.labels.shape == one.predictions.shape == shape[:1]
-            )
+            p, shape = one.probabilities, (len(one.paths), len(one.classes))
+            assert p.shape == shape and p.min() >= 0 and p.max() <= 1.001
+            assert one.labels.shape == one.predictions.shape == shape[:1]
+            assert max(one.labels.max(), one.predictions.max()) < shape[1]
+            continue
+        assert message.startswith(f"{file}: ") and len(message.splitlines()) == 1
+        refused += 1
     assert 100 < refused < 400
 
 
@@ -289,7 +289,8 @@ def test_fewer_rows_than_the_split_has_test_images(runs):
 
 @pytest.mark.parametrize("split", [True, False])
 def test_the_runs_own_record_tells_how_many_rows_there_should_be(runs, split):
-    """config.json of train.py: fewer than the split's where images can't be read; without a split it alone tells."""
+    """config.json of train.py: fewer than the split's where images can't be read; without a split it alone
+    tells."""
     if not split:
         (runs / "split.csv").unlink()
     file = write_predictions(runs, BAD, 1, rows_of(file_of(runs))[:-2], list(COUNTS))
@@ -301,14 +302,15 @@ def test_the_runs_own_record_tells_how_many_rows_there_should_be(runs, split):
 
 
 def test_a_split_as_a_spreadsheet_saves_it_is_the_same_split(runs):
-    """A byte-order mark before the header and an empty last line: train.py reads that, so the tables have to."""
+    """A byte-order mark and an empty last line: train.py reads that, so the tables have to."""
     sound = command("--runs", runs), tables(runs)
     (runs / "split.csv").write_bytes(b"\xef\xbb\xbf" + (runs / "split.csv").read_bytes() + b"\r\n")
     assert (command("--runs", runs), tables(runs)) == sound
 
 
 def notes_on_settings(runs, **changes):
-    """The notes that name a setting; all six config.json alike but for changes {run's model and fold: its own settings}."""
+    """The notes that name a setting; all six config.json alike but for changes {run's model and fold: its own
+    settings}."""
     for run in (GOOD, BAD):
         for fold in range(3):
             config = {
@@ -361,7 +363,8 @@ def test_a_damaged_config_is_no_traceback(runs, config):
     (runs / "split.csv").unlink()
     file_of(runs).with_name("config.json").write_bytes(config.encode("latin-1"))
     status, _, err = command("--runs", runs)
-    assert (status, err) == (0, "") or status == 1 and err.count("\n") == 1 and str(file_of(runs)) in err
+    named = status == 1 and err.count("\n") == 1 and str(file_of(runs)) in err
+    assert (status, err) == (0, "") or named
 
 
 def test_a_fold_that_the_split_has_not(runs):
