@@ -1,4 +1,5 @@
-"""Training gives the same numbers however many processes read the images, and compiled the same as uncompiled."""
+"""Training gives the same numbers however many processes read the images, and compiled the same as
+uncompiled."""
 
 import csv
 
@@ -10,7 +11,8 @@ SETTINGS = {"mean": (0.56, 0.50, 0.74), "std": (0.24, 0.28, 0.18), "image_size":
 
 
 def train_once(cells, folder, model="squeezenet1_1", epochs=2, **options):
-    """Fit a fresh network on every other image, validate on some of the rest; returns (history, best.pt's weights, logits)."""
+    """Fit a fresh network on every other image, validate on some of the rest; returns (history, best.pt's
+    weights, logits)."""
     import models
     import train
 
@@ -34,7 +36,8 @@ def cells(demo):
 
 
 def test_results_do_not_depend_on_the_number_of_workers(cells, tmp_path):
-    """Augmentation and dropout (squeezenet has it) draw the same numbers with 0 and 2 workers: bitwise equal weights."""
+    """Augmentation and dropout (squeezenet has it) draw the same numbers with 0 and 2 workers: bitwise equal
+    weights."""
     cells = cells.subset(np.arange(0, len(cells), 2))
     runs = {workers: train_once(cells, tmp_path / str(workers), workers=workers) for workers in (0, 2)}
     history, best, logits = runs[0]
@@ -66,7 +69,8 @@ def test_another_seed_gives_other_weights(cells, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_match_images_augmented_one_by_one(cells, workers):
-    """A batch that a loader brings holds, at each position, what augment makes of that image by its own random numbers."""
+    """A batch that a loader brings holds, at each position, what augment makes of that image by its own
+    random numbers."""
     import datasets
 
     order = datasets.BalancedEpochs(cells.targets, 16, seed=7, fold=1)
@@ -85,7 +89,8 @@ def test_batches_match_images_augmented_one_by_one(cells, workers):
 
 @pytest.mark.long
 def test_compiled_training_follows_eager(cells, tmp_path):
-    """torch.compile changes the order of sums, nothing else: losses and logits stay close, and best.pt has the bare names."""
+    """torch.compile changes the order of sums, nothing else: losses and logits stay close, and best.pt has
+    the bare names."""
     eager, compiled = (
         train_once(cells, tmp_path / str(compile), model="resnet18", compile=compile)
         for compile in (False, True)
