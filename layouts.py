@@ -129,9 +129,9 @@ def read_table(file):
 
     root, rows, gone = os.path.dirname(file) or ".", {}, []
     images, others = find_images(root)
-    header, table = splits.read_table(file, ["path"])
+    header, table = splits.read_table(file, ["path"], images)
     columns = ["class" if name == "label" else name for name in header]
-    for row in splits.respell(table, images):
+    for row in table:
         path = os.path.relpath(os.path.join(root, row[0]), root)  # of ./A/1.png and absolute ones
         if not os.path.isfile(os.path.join(root, path)):
             gone.append(row[0])
