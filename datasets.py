@@ -458,11 +458,11 @@ def check_dataset(cells, runs="runs", workers=None):
     file = pathlib.Path(runs) / "data" / f"{cells.name}.json"
     with file_lock(file.with_suffix(".lock")):
         info = read_json(file) if file.exists() else {}
-        if info.get("root", str(cells.root)) != str(cells.root):
-            print(f"{file}: of {info['root']}, looking at {cells.root} anew", file=sys.stderr)
         try:
             now = stamp(cells)
             if info.get("stamp") != now:
+                if info.get("root", str(cells.root)) != str(cells.root):
+                    print(f"{file}: is of {info['root']}, now of {cells.root}", file=sys.stderr)
                 info = scan(cells, workers) | {"stamp": now}
         except OSError as error:
             why = f"{error.filename or cells.root}: {error.strerror or error}"
@@ -500,11 +500,9 @@ def scan(cells, workers=None):
     gone = np.isin(cells.paths, [path for path, _ in unreadable])
     lost = np.bincount(cells.targets[gone], minlength=len(counts))
     for label in np.flatnonzero((lost == counts) & (counts > 0)):
-        example = next(": ".join(row) for row in unreadable if row[0] in cells.paths[cells.targets == label])
-        why = (
-            f"none of the {counts[label]} images of class {cells.classes[label]} can be read, e.g. {example}"
-        )
-        raise SystemExit(f"{cells.root}: {why}; fetch them again, or take the class away")
+        example = ": ".join(unreadable[np.flatnonzero(cells.targets[gone] == label)[0]])
+        why = f"none of the {counts[label]} images of class {cells.classes[label]} can be read"
+        raise SystemExit(f"{cells.root}: {why}, e.g. {example}; fetch them again, or take the class away")
     if not total.any():
         raise SystemExit(f"{cells.root}: no image of the part train can be read")
     level, pixels = np.arange(256) / 255, total.sum(1)
@@ -538,23 +536,20 @@ def open_checked(path, runs="runs"):
     """The readable images of a data set as Cells, and scan's dict; prints what it is and what is left out."""
     cells = open_dataset(path)
     info = check_dataset(cells, runs)
-    unreadable = info["unreadable"]
+    unreadable, labels = info["unreadable"], np.array(cells.classes)[cells.targets]
     print(f"{cells.root}: {len(cells)} images in {len(cells.classes)} classes ({', '.join(cells.classes)})")
-    columns = {"class": np.array(cells.classes)[cells.targets], "part": cells.parts, "group": cells.groups}
-    for kind, column in columns.items():
-        names, first, counts = np.unique(
-            [] if column is None else column, return_index=True, return_counts=True
-        )
-        if kind == "group" and len(names):
+    for kind, column in (("class", labels), ("part", cells.parts), ("group", cells.groups)):
+        if column is None:
+            continue
+        names, first, counts = np.unique(column, return_index=True, return_counts=True)
+        if kind == "group":
             print(f"  {len(names):,} groups, the largest of {counts.max():,} images")
-        for i in np.argsort(first, kind="stable")[: 1 if kind == "group" else SHOWN]:
+        for i in np.argsort(first)[: 1 if kind == "group" else SHOWN]:
             print(f"  {kind} {names[i]}: {counts[i]:,}, e.g. {cells.paths[first[i]]}")
     notes = info["notes"] + [f"{path} cannot be read ({why}): left out" for path, why in unreadable[:5]]
     if unreadable:
         file = f"{runs}/data/{cells.name}.json"
-        notes.append(
-            f"{len(unreadable)} unreadable images in all, see {file}; remove it to look at them again"
-        )
+        notes.append(f"{len(unreadable)} unreadable images, see {file}; remove it to look at them again")
     for note in notes:
         print(f"  {note}", file=sys.stderr)
     return cells.subset(~np.isin(cells.paths, [path for path, _ in unreadable])), info

@@ -129,9 +129,9 @@ def read_table(file):
 
     root, rows, gone = os.path.dirname(file) or ".", {}, []
     images, others = find_images(root)
-    header, table = splits.read_table(file, ["path"])
+    header, table = splits.read_table(file, ["path"], images)
     columns = ["class" if name == "label" else name for name in header]
-    for row in splits.respell(table, images):
+    for row in table:
         path = os.path.relpath(os.path.join(root, row[0]), root)  # of ./A/1.png and absolute ones
         if not os.path.isfile(os.path.join(root, path)):
             gone.append(row[0])
@@ -407,7 +407,10 @@ def read_patch(folder, path):
     """Patch 'train/17' as uint8 RGB [96,96,3]; ValueError if it is damaged."""
     part, index = path.split("/")
     try:
-        file = open_hdf5(f"{folder}/camelyonpatch_level_2_split_{part}_x.h5", os.getpid())
-        return file["x"][int(index)]
+        file = f"{folder}/camelyonpatch_level_2_split_{part}_x.h5"
+        return open_hdf5(file, os.getpid())["x"][int(index)]
     except OSError as error:
+        number = error.errno or int((re.search(r"errno = (\d+)", str(error)) or [0, 0])[1])
+        if number:  # the system's, not HDF5's: no damage
+            raise OSError(number, os.strerror(number), file) from None
         raise ValueError(f"{folder}, patch {path}: {str(error).splitlines()[0]}") from None

@@ -101,10 +101,11 @@ def write_splits(file, paths, labels, parts):
     os.replace(beside, file)
 
 
-def read_table(file, columns):
+def read_table(file, columns, known=()):
     """Header and rows (lists of str) of a table, these columns first; SystemExit if it is invalid.
 
-    As programs and spreadsheets write it: separated by commas, semicolons or tabs, blank lines anywhere.
+    As programs and spreadsheets write it: separated by commas, semicolons or tabs, blank lines anywhere, in
+    UTF-8 or -16, or in Windows-1252, which shows in paths that are no UTF-8 and not among the known ones.
     """
     try:
         content = pathlib.Path(file).read_bytes()
@@ -123,7 +124,9 @@ def read_table(file, columns):
     if not {*columns} <= {*header} or not rows or wrong:
         what = f"row {str(wrong[0])[:150]} is incomplete or too long" if wrong else f"header {header}"
         raise SystemExit(f"{file}: no table of {','.join(columns)},... ({what}); correct it or make it anew")
-    rows = [[row[i] for i in order] for row in rows]
+    rows, known = [[row[i] for i in order] for row in rows], {*known}
+    if known and any(row[0] not in known and re.search("[\udc80-\udcff]", row[0]) for row in rows):
+        rows = [[recode(cell) for cell in row] for row in rows]
     times = collections.Counter(row[0] for row in rows)
     for row in rows:
         if "" in row[: len(columns)] or times[row[0]] > 1:
@@ -132,19 +135,14 @@ def read_table(file, columns):
     return [header[i] for i in order], rows
 
 
-def respell(rows, known):
-    """Rows that a spreadsheet saved as Windows-1252 (a path that is not known shows it) as they were."""
-    known = {*known}
-    for row in rows:
-        if row[0] not in known and re.search("[\udc80-\udcff]", row[0]):
-            raw = [[cell.encode("utf-8", "surrogateescape") for cell in row] for row in rows]
-            return [[cell.decode("cp1252", "replace") for cell in row] for row in raw]
-    return rows
+def recode(text):
+    """Text of Windows-1252 that was read as UTF-8 with surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
-def read_splits(file):
+def read_splits(file, known=()):
     """Read a split: (paths list, labels list, parts str [N, folds]); SystemExit says which row is wrong."""
-    header, rows = read_table(file, ["path", "label", "fold0"])
+    header, rows = read_table(file, ["path", "label", "fold0"], known)
     paths, labels, *parts = map(list, zip(*rows))
     if header[2:] != [f"fold{k}" for k in range(len(parts))]:
         raise SystemExit(f"{file}: the folds have to be fold0,fold1,..., not {','.join(header[2:])}")
@@ -163,7 +161,7 @@ def read_groups(sources, paths):
     links = []
     for source in sources:
         if source.lower().endswith(".csv"):
-            found = {row[0]: row[1] for row in respell(read_table(source, ["path", "group"])[1], paths)}
+            found = {row[0]: row[1] for row in read_table(source, ["path", "group"], paths)[1]}
             names = [found.get(path) for path in paths]
         else:
             matches = [re.search(source, path) for path in paths]
@@ -229,8 +227,7 @@ def open_split(file, cells, unreadable=()):
             write_splits(file, cells.paths, names, parts)
             kind = "the official split" if cells.parts is not None else "new stratified split into 5 folds"
             print(f"{file}: {kind}")
-    paths, labels, parts = read_splits(file)
-    paths, labels = zip(*respell([*zip(paths, labels)], cells.paths))
+    paths, labels, parts = read_splits(file, cells.paths.tolist())
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:
         what = f"{len(gone)} of its {len(paths)} images are not in {cells.root}, e.g. {gone[0]}"
@@ -310,12 +307,14 @@ def main():
     try:
         groups = read_groups(args.groups, paths) if args.groups else cells.groups
         if cells.parts is not None and args.folds is None:
+            cells.groups = None if groups is None else np.asarray(groups)
             parts = official_split(cells, args.seed)
         else:
+            parts = make_splits(
+                cells.targets, 5 if args.folds is None else args.folds, args.val, args.seed, groups
+            )
             if cells.parts is not None:
                 print("the official parts are pooled: their boundary is given up", file=sys.stderr)
-            folds = 5 if args.folds is None else args.folds
-            parts = make_splits(cells.targets, folds, args.val, args.seed, groups)
         twins = read_twins(pathlib.Path(args.out).parent, cells.name, paths)
         print(describe(cells.targets, cells.classes, parts, groups, twins))
         if not os.path.lexists(args.out):
@@ -327,7 +326,7 @@ def main():
         parser.error(str(error))
     except OSError as error:
         raise SystemExit(f"{args.out}: cannot be written ({error.strerror}); name another by --out") from None
-    old = read_splits(args.out)
+    old = read_splits(args.out, paths)
     if sorted(zip(*old[:2], old[2].tolist())) != sorted(zip(paths, labels, parts.tolist())):
         why = f"another split, of {len(old[0]):,} images"
         raise SystemExit(f"{args.out}: {why}; remove it to split anew, or name another file with --out")

@@ -1,9 +1,14 @@
-"""Augmentation by section 2.3: crop, rotation, horizontal flip, vertical flip, in one warp, with the paper's distributions.
+"""Augmentation by section 2.3: crop, rotation, horizontal flip, vertical flip, in one warp, with the paper's
+distributions.
 
-Truth comes from torchvision: its RandomResizedCrop and RandomRotation for the distributions (two-sample Kolmogorov-Smirnov
-tests), its crop, resize with antialiasing, rotate, hflip and vflip in turn for the pictures (synthetic cells and slides),
-its ToTensor and Normalize for the numbers that a network gets. What `augment` did is read off the pixels of a picture
-whose colours say where they come from, a ruler that is itself tried on torchvision. All streams are seeded, so a p-value
+Truth comes from torchvision: its RandomResizedCrop and RandomRotation for the distributions (two-sample
+Kolmogorov-Smirnov
+tests), its crop, resize with antialiasing, rotate, hflip and vflip in turn for the pictures (synthetic cells
+and slides),
+its ToTensor and Normalize for the numbers that a network gets. What `augment` did is read off the pixels of a
+picture
+whose colours say where they come from, a ruler that is itself tried on torchvision. All streams are seeded,
+so a p-value
 below 0.001 is a fault and not bad luck.
 """
 
@@ -51,7 +56,8 @@ def by_torchvision(image, size, box, angle, flip_x, flip_y):
 
 
 def covered(image, size, box, angle, flip_x, flip_y):
-    """Which pixels of the result lie inside the picture, and which outside, with a margin of 1.5 of the crop's pixels between."""
+    """Which pixels of the result lie inside the picture, and which outside, with a margin of 1.5 of the
+    crop's pixels between."""
     white = by_torchvision(np.full_like(image, 255), size, box, angle, flip_x, flip_y)[..., 0]
     margin = int(np.ceil(1.5 * max(1, size / min(box[2:])))) + 1
     kernel = np.ones((2 * margin + 1, 2 * margin + 1))
@@ -86,9 +92,11 @@ def boxes(image, height, width, number, seed):
 def test_the_picture_is_that_of_torchvisions_crop_resize_rotate_and_flips(
     kind, height, width, size, mean, greatest, everywhere
 ):
-    """Mean and greatest difference in grey levels inside the rotated picture, and mean difference of all pixels.
+    """Mean and greatest difference in grey levels inside the rotated picture, and mean difference of all
+    pixels.
 
-    Reduced crops are equal but for rounding. Magnified ones are interpolated once here and twice in torchvision; and along
+    Reduced crops are equal but for rounding. Magnified ones are interpolated once here and twice in
+    torchvision; and along
     their edges half a pixel of the crop fades to the black around it, which torchvision repeats.
     """
     for number, image in enumerate(pictures(kind)):
@@ -107,7 +115,8 @@ def test_the_picture_is_that_of_torchvisions_crop_resize_rotate_and_flips(
 
 
 def test_corners_that_the_rotation_uncovers_are_black():
-    """White pictures rotated: exactly 0 outside, exactly 255 inside; at 45 degrees a sixth of the square is uncovered."""
+    """White pictures rotated: exactly 0 outside, exactly 255 inside; at 45 degrees a sixth of the square is
+    uncovered."""
     image = np.full((250, 250, 3), 255, np.uint8)
     for box, angle, flip_x, flip_y in [*boxes(image, 90, 110, 8, 0), *boxes(image, 250, 250, 8, 1)]:
         inside, outside = covered(image, 224, box, angle, flip_x, flip_y)
@@ -135,7 +144,8 @@ def test_the_rotation_comes_before_the_flips():
 
 
 def test_the_crop_comes_before_the_rotation():
-    """White outside the box never enters the picture: cropping after a rotation would bring it into the corners."""
+    """White outside the box never enters the picture: cropping after a rotation would bring it into the
+    corners."""
     image = np.full((200, 200, 3), 255, np.uint8)
     image[60:140, 50:150] = (40, 90, 160)
     for angle in (0, 20, 45, 90, 135):
@@ -145,7 +155,8 @@ def test_the_crop_comes_before_the_rotation():
 
 
 def test_a_rotation_turns_counter_clockwise():
-    """A mark on the right is at the top after 90 degrees, as torchvision and Pillow turn; on the left after 180."""
+    """A mark on the right is at the top after 90 degrees, as torchvision and Pillow turn; on the left after
+    180."""
     image = np.zeros((101, 101, 3), np.uint8)
     image[48:53, 90:95] = 255
     for angle, (x, y) in {0: (92, 50), 90: (50, 8), 180: (8, 50)}.items():
@@ -156,7 +167,8 @@ def test_a_rotation_turns_counter_clockwise():
 
 @pytest.mark.parametrize("height, width", [(256, 256), (250, 240), (512, 200)])
 def test_stripes_finer_than_a_pixel_become_grey_and_do_not_alias(height, width):
-    """Stripes and a chequerboard one pixel wide, black and white, reduced to 64 pixels: 127.5 everywhere, not moire."""
+    """Stripes and a chequerboard one pixel wide, black and white, reduced to 64 pixels: 127.5 everywhere, not
+    moire."""
     rows, columns = np.indices((height, width))
     for pattern in (columns % 2, rows % 2, (rows + columns) % 2):
         image = np.repeat((pattern * 255).astype(np.uint8)[..., None], 3, 2)
@@ -178,7 +190,8 @@ def test_stripes_finer_than_a_pixel_become_grey_and_do_not_alias(height, width):
 # ---------------------------------------------------------------- validation and numbers
 @pytest.mark.parametrize("size", [224, 64])
 def test_validation_pictures_are_resized_alone_to_torchvisions_very_pixels(size):
-    """Equal to resize(antialias=True) of uint8 tensors in every pixel, and to Pillow's bilinear resize within 1 grey level."""
+    """Equal to resize(antialias=True) of uint8 tensors in every pixel, and to Pillow's bilinear resize within
+    1 grey level."""
     images = {
         f"{i}": image
         for i, image in enumerate(
@@ -208,7 +221,8 @@ def test_validation_pictures_are_resized_alone_to_torchvisions_very_pixels(size)
 
 
 def test_normalise_is_torchvisions_to_tensor_and_normalize():
-    """Of all 256 grey levels in every channel, with the paper's mean and std of the bone marrow cells, to 1e-5."""
+    """Of all 256 grey levels in every channel, with the paper's mean and std of the bone marrow cells, to
+    1e-5."""
     mean, std = (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)
     levels = (
         np.random.default_rng(0)
@@ -225,7 +239,8 @@ def test_normalise_is_torchvisions_to_tensor_and_normalize():
 
 # ---------------------------------------------------------------- distributions, read off the pixels
 def ruler(height, width):
-    """A picture whose red says in which column a pixel lies, its green in which row; blue is 255 everywhere."""
+    """A picture whose red says in which column a pixel lies, its green in which row; blue is 255
+    everywhere."""
     rows, columns = np.indices((height, width))
     return (
         np.stack([columns * 255 / (width - 1), rows * 255 / (height - 1), np.full((height, width), 255)], -1)
@@ -235,9 +250,11 @@ def ruler(height, width):
 
 
 def read_ruler(picture, height, width):
-    """(top, left, height, width, angle in [0,180), flip_x, flip_y) that made a picture of the ruler, from a fit to its pixels.
+    """(top, left, height, width, angle in [0,180), flip_x, flip_y) that made a picture of the ruler, from a
+    fit to its pixels.
 
-    Both flips are a turn by 180 degrees, so that every turn by 0-360 degrees, mirrored or not, is read as one of these.
+    Both flips are a turn by 180 degrees, so that every turn by 0-360 degrees, mirrored or not, is read as one
+    of these.
     """
     size = len(picture)
     v, u = 2 * np.array(np.nonzero(picture[::2, ::2, 2] >= 254))
@@ -271,7 +288,8 @@ def crops_of_torchvision(height, width, number=1500):
 
 
 def measures(crops, height, width):
-    """What a crop is judged by, dict of [N]: its share of the area, its aspect ratio, and its place where it has room to move."""
+    """What a crop is judged by, dict of [N]: its share of the area, its aspect ratio, and its place where it
+    has room to move."""
     top, left, h, w = crops.T[:4]
     room = {"place from the top": (top, height - h), "place from the left": (left, width - w)}
     return {
@@ -287,7 +305,8 @@ def measures(crops, height, width):
 
 @pytest.mark.parametrize("height, width", SHAPES)
 def test_the_ruler_reads_what_torchvisions_own_functions_did(height, width):
-    """Box to a pixel, angle to half a degree, both flips, of 40 pictures that crop, resize, rotate, hflip and vflip made."""
+    """Box to a pixel, angle to half a degree, both flips, of 40 pictures that crop, resize, rotate, hflip and
+    vflip made."""
     rng, image = np.random.default_rng(0), ruler(height, width)
     for _ in range(40):
         h, w = rng.integers(height // 3, height + 1), rng.integers(width // 3, width + 1)
@@ -306,26 +325,10 @@ def test_crops_are_distributed_as_those_of_torchvisions_random_resized_crop(heig
         assert stats.ks_2samp(ours[name], theirs)[1] > ALPHA, name
 
 
-def test_the_comparison_with_torchvisions_crops_could_tell_other_settings():
-    """Crops of 0.2-1 or 0.08-0.8 of the area, or of aspect ratios 0.8-1.25, differ significantly in as many draws."""
-    torch.manual_seed(0)
-    image, theirs = torch.zeros(3, 250, 250), measures(crops_of_torchvision(250, 250), 250, 250)
-    for name, scale, ratio in (
-        ("area", (0.2, 1), RATIO),
-        ("area", (0.08, 0.8), RATIO),
-        ("ratio", SCALE, (0.8, 1.25)),
-    ):
-        others = measures(
-            np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(1500)], float),
-            250,
-            250,
-        )
-        assert stats.ks_2samp(others[name], theirs[name])[1] < ALPHA / 10
-
-
 @pytest.mark.parametrize("height, width", [*SHAPES, (7, 9)])
 def test_four_thousand_drawn_crops_are_distributed_as_torchvisions(height, width):
-    """The boxes themselves, integers, four times as many as are read off pictures; also of an image of 7 x 9 pixels."""
+    """The boxes themselves, integers, four times as many as are read off pictures; also of an image of 7 x 9
+    pixels."""
     rng = np.random.default_rng(8)
     ours = np.array([datasets.draw_crop(height, width, rng) for _ in range(4000)])
     assert ours.dtype.kind == "i" and (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
@@ -356,7 +359,8 @@ def test_angles_are_distributed_as_torchvisions_random_rotation_by_0_to_180_degr
 
 
 def test_half_of_the_pictures_are_flipped_each_way_independently():
-    """Of 1,000 crops and 3,000 small whole images: a fourth each not, horizontally, vertically or both ways, a half each way."""
+    """Of 1,000 crops and 3,000 small whole images: a fourth each not, horizontally, vertically or both ways,
+    a half each way."""
     flips = np.concatenate([seen(250, 250), seen(32, 32, False, 3000, 32)])[:, 5:].astype(int)
     assert stats.chisquare(np.bincount(flips @ [1, 2], minlength=4))[1] > ALPHA
     for flipped in flips.sum(0):
@@ -367,7 +371,8 @@ def test_half_of_the_pictures_are_flipped_each_way_independently():
 
 
 def test_crop_angle_and_flips_are_independent_of_each_other():
-    """Rank correlations of all pairs of area, aspect ratio, place, angle and flips in 1,000 augmentations of a square."""
+    """Rank correlations of all pairs of area, aspect ratio, place, angle and flips in 1,000 augmentations of
+    a square."""
     top, left, h, w, angle, flip_x, flip_y = seen(250, 250).T
     columns = [h * w, w / h, top / (251 - h), left / (251 - w), angle, flip_x, flip_y]
     p = [stats.spearmanr(one, two)[1] for one, two in itertools.combinations(columns, 2)]
@@ -377,14 +382,16 @@ def test_crop_angle_and_flips_are_independent_of_each_other():
 # ---------------------------------------------------------------- pre-training
 @pytest.mark.parametrize("height, width", SHAPES)
 def test_without_crop_the_whole_image_is_always_in_the_picture(height, width):
-    """Read off the ruler: box, all of the image in each of 300 augmentations, while rotation and flips go on."""
+    """Read off the ruler: box, all of the image in each of 300 augmentations, while rotation and flips go
+    on."""
     made = seen(height, width, crop=False, number=300)
     assert np.abs(made[:, :4] - (0, 0, height, width)).max() <= 1
     assert np.ptp(made[:, 4]) > 170 and (np.bincount(made[:, 5:].astype(int) @ [1, 2]) > 40).all()
 
 
 def target(height, width):
-    """Grey, in it a white ellipse that touches all four sides, in it a black one: resized whole, a target under any turn and flip."""
+    """Grey, in it a white ellipse that touches all four sides, in it a black one: resized whole, a target
+    under any turn and flip."""
     rows, columns = np.indices((height, width))
     radius = np.hypot((rows + 0.5) / height * 2 - 1, (columns + 0.5) / width * 2 - 1)
     return np.repeat(
@@ -394,7 +401,8 @@ def target(height, width):
 
 @pytest.fixture
 def watched(monkeypatch, tmp_path):
-    """Call a script's main() in this process: returns the pictures, float [N,3,H,W] normalised, that its network was trained on."""
+    """Call a script's main() in this process: returns the pictures, float [N,3,H,W] normalised, that its
+    network was trained on."""
     import models
 
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # which would outlive the test
@@ -417,23 +425,8 @@ def watched(monkeypatch, tmp_path):
             [
                 f"{script.__name__}.py",
                 *map(str, arguments),
-                "--model",
-                "shufflenet_v2_x0_5",
-                "--epochs",
-                "1",
-                "--image-size",
-                "48",
-                "--batch-size",
-                "16",
-                "--lr",
-                "0.01",
-                "--amp",
-                "off",
-                "--device",
-                "cpu",
-                "--workers",
-                "0",
-                "--runs",
+                *"--model shufflenet_v2_x0_5 --epochs 1 --image-size 48 --batch-size 16 --lr 0.01".split(),
+                *"--amp off --device cpu --workers 0 --runs".split(),
                 str(tmp_path / "runs"),
             ],
         )
@@ -444,7 +437,8 @@ def watched(monkeypatch, tmp_path):
 
 
 def test_pretraining_sees_whole_images_and_fine_tuning_crops(watched, tmp_path):
-    """Targets that touch all sides: pretrain.py's network gets them whole, rotated on black; train.py's gets parts of them."""
+    """Targets that touch all sides: pretrain.py's network gets them whole, rotated on black; train.py's gets
+    parts of them."""
     import pretrain
     import train
 
@@ -508,7 +502,8 @@ def test_one_image_is_augmented_differently_by_seed_fold_epoch_and_position():
 
 
 def test_neighbouring_positions_epochs_folds_and_seeds_are_augmented_independently():
-    """Keys that differ by 1 in one place: the angles that a batch's pictures were turned by are uncorrelated."""
+    """Keys that differ by 1 in one place: the angles that a batch's pictures were turned by are
+    uncorrelated."""
     image = {"0": ruler(32, 32)}
     cells = datasets.Cells(".", "memory", ["a"], list(image), [0], read=image.__getitem__)
 
@@ -528,7 +523,8 @@ def test_neighbouring_positions_epochs_folds_and_seeds_are_augmented_independent
 
 
 def test_a_further_augmentation_may_draw_as_it_likes(monkeypatch):
-    """Seam: one that draws a random number of times and brightens half of the images; the others stay as they were."""
+    """Seam: one that draws a random number of times and brightens half of the images; the others stay as they
+    were."""
     plain, cells = datasets.augment, memory(8)
 
     def brighter(image, size, rng, crop=True):
