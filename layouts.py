@@ -41,7 +41,7 @@ MASKS = {*"mask masks gt truth segmentation segmentations annotation annotations
 SETS = {*"image images img imgs set sets part parts fold folds batch patient patients case slide".split()}
 SETS |= MASKS | {*PARTS}
 GROUPS = 5  # fewer can't be split into five folds
-SHOWN = 10  # kinds of files left out
+SHOWN = 10  # kinds of files left out, and folders' names that are tried in patterns
 
 
 def open_cells(path):
@@ -96,10 +96,10 @@ def left_out(paths):
     for path in paths:
         folder, name = os.path.split(path)
         ending = os.path.splitext(name)[1].lower()
-        kind = (
-            f"*{ending}" if ending else "without an ending" if name else f"output of these scripts ({path})"
-        )
-        kinds[f"{os.path.basename(folder) or '.'}/{kind}" if ending in IMAGE_TYPES else kind] += 1
+        kind = f"*{ending}" if ending else "without an ending"
+        if ending in IMAGE_TYPES:
+            kind = f"{os.path.basename(folder) or '.'}/{kind}"
+        kinds[kind if name else f"output of these scripts ({path})"] += 1
     kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
     more = [f"{len(kinds) - SHOWN} kinds more"] * (len(kinds) > SHOWN)
     return [f"{len(paths):,} files left out: {', '.join(kinds[:SHOWN] + more)}"] if paths else []
@@ -283,13 +283,11 @@ def suggest(root, paths):
     companions, firsts = find_companions(paths), sorted({path.split("/")[0] for path in paths})
     tries = "{part}/{class} {class}/{part} {part}/{group}/{class} {part}/{class}/{group} {class}/{group}"
     tries = [*f"{tries} {{group}}/**/{{class}}/* {{class}}/* {{class}}/*/* */{{class}}".split()]
-    tries += [
-        f"{escape(label)}/{{class}}" for label in firsts if words(label) and words(label) <= SETS - MASKS
-    ]
-    for name in find_shared(paths)[0]:
-        tries += [f"{{class}}/{escape(name)}", f"{{class}}/**/{escape(name)}/*"][
-            : 2 * (not words(name) & MASKS)
-        ]
+    sets = [label for label in firsts if words(label) and words(label) <= SETS - MASKS]
+    tries += [f"{escape(label)}/{{class}}" for label in sets]
+    names = [escape(name) for name in find_shared(paths)[0] if not words(name) & MASKS]
+    for name in names[:SHOWN]:
+        tries += [f"{{class}}/{name}", f"{{class}}/**/{name}/*"]
     for ending in sorted({os.path.splitext(path)[1] for path in {*paths} - companions if companions}):
         for last in ("*", "*[0-9]", "*[!a-z]"):
             tries += [f"{{class}}/{last}{ending}", f"{{class}}/**/{last}{ending}"]
@@ -299,12 +297,9 @@ def suggest(root, paths):
         rows = match(pattern, re.escape(above[1:]) + regex, paths)
         if is_clear(rows) and not companions & rows.keys():
             good.setdefault(frozenset((path, row["class"]) for path, row in rows.items()), pattern)
-    if any("{group}" in pattern or "{part}" in pattern for pattern in good.values()):
-        good = {
-            rows: pattern for rows, pattern in good.items() if "{group}" in pattern or "{part}" in pattern
-        }
+    telling = {rows: pattern for rows, pattern in good.items() if "{group}" in pattern or "{part}" in pattern}
     advice = []
-    for rows, pattern in sorted(good.items(), key=lambda both: -len(both[0]))[:3]:
+    for rows, pattern in sorted((telling or good).items(), key=lambda both: -len(both[0]))[:3]:
         classes = sorted({label for _, label in rows})
         what = f"{len(rows):,} images, {len(classes)} classes: {', '.join(classes[:3])}"
         advice.append(f"{shlex.quote(f'{escape(root)}/{pattern}')} ({what}{', ...' * (len(classes) > 3)})")
