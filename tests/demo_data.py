@@ -421,7 +421,7 @@ def draw_field(first, second, seed, number):
     step = np.round(step / 4).astype(int) * 4  # 4 pixels here are 5 in the picture
     left, top = np.maximum(-step, 0)
     image = draw_plasma(rng, SIDE + np.abs(step[::-1]))
-    for cell, x, y in ((a, left + 125, top + 125), (b, left + 125 + step[0], top + 125 + step[1])):
+    for _, x, y in ((a, left + 125, top + 125), (b, left + 125 + step[0], top + 125 + step[1])):
         draw_red_cells(rng, image, x, y)
     for cell, x, y in ((a, left + 125, top + 125), (b, left + 125 + step[0], top + 125 + step[1])):
         draw_leukocyte(rng, image, cell, x, y)

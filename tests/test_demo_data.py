@@ -1,4 +1,4 @@
-"""The synthetic cells have the formats of the real data sets, show what they claim to, and are the same every time."""
+"""The synthetic cells have the formats of the real data sets, show what they claim to, and never change."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def test_bm_lies_as_unpacked_from_tcia(cells):
         code, number = file.stem.split("_")
         assert file.relative_to(root).parts[:2] == (code, "0001-1000") and re.fullmatch("0[0-9]{4}", number)
     counts = Counter(file.stem[:3] for file in files)
-    assert counts["ABE"] == 8 and 6 <= min(counts.values()) and max(counts.values()) <= 12
+    assert counts["ABE"] == 8 and min(counts.values()) >= 6 and max(counts.values()) <= 12
     for file in files[::5]:
         with Image.open(file) as image:
             image.load()
@@ -107,7 +107,7 @@ def test_cd_is_coco_detection_with_the_published_flaws(cells):
 
 
 def test_a_cd_box_fits_its_cell(cells):
-    """Around a box the picture is plain ground, inside it is not: what lies within is further from the median."""
+    """Around a box the picture is plain ground; what lies inside is further from the median."""
     content, within, around = coco(cells)["train"], [], []
     for entry in content["images"]:
         with Image.open(cells / "cd" / "train" / entry["file_name"]) as image:
