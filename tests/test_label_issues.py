@@ -147,13 +147,6 @@ def test_thresholds_by_hand():
     assert counted[3] == 1
 
 
-def test_a_class_absent_from_a_fold_attracts_nothing():
-    """Without a threshold of its own no image is counted to it."""
-    p = np.array([[0.5, 0.1, 0.4], [0.2, 0.1, 0.7], [0.1, 0.8, 0.1]])
-    counted, off = report.confident_joint(np.array([0, 0, 1]), p)
-    assert 2 not in counted[off]
-
-
 def test_agrees_with_cleanlab(simulation):
     """The same images off the diagonal, fold by fold, as cleanlab's filter 'confident_learning', and as many
     as it counts."""

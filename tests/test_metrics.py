@@ -24,10 +24,8 @@ import evaluate
 import report
 
 SCORES = ("precision", "recall", "f1")
-TABLE4 = (
-    "model,init,folds,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std,accuracy_mean,accuracy_std,"
-    "f1_fold_std,f1_common"
-).split(",")
+TABLE4 = "model init folds precision_mean precision_std recall_mean recall_std f1_mean f1_std".split()
+TABLE4 += "accuracy_mean accuracy_std f1_fold_std f1_common".split()
 TABLE5 = "class,images,precision_mean,precision_std,recall_mean,recall_std,f1_mean,f1_std".split(",")
 
 
@@ -103,23 +101,15 @@ def command(*arguments, pictures=False):
             with mock.patch.object(sys, "argv", ["evaluate.py", *map(str, arguments)]):
                 evaluate.main()
         except SystemExit as end:
-            status, message = (
-                (end.code or 0, "") if isinstance(end.code, int | None) else (1, f"{end.code}\n")
-            )
+            status = end.code or 0
+            if isinstance(status, str):
+                status, message = 1, f"{status}\n"
     out.flush()
     return status, out.buffer.getvalue().decode(), err.getvalue() + message
 
 
 # ---------------------------------------------------------------- one study, read through its files
-COUNTS = {
-    "FGC": 23,
-    "LYT": 99,
-    "NGB": 120,
-    "ABE": 3,
-    "BLA": 100,
-    "HAC": 1,
-    "EOS": 60,
-}  # in no order that matters
+COUNTS = {"FGC": 23, "LYT": 99, "NGB": 120, "ABE": 3, "BLA": 100, "HAC": 1, "EOS": 60}  # in no order
 NETWORKS = {
     ("vit_l_32", "imagenet"): 0.8,
     ("resnet152", "mine"): 0.5,
@@ -162,9 +152,8 @@ def by_scikit_learn(answers, run):
     for (of_run, _), (labels, predictions) in answers.items():
         if of_run == run:
             present = sorted(set(labels))
-            columns = precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0)[
-                :3
-            ]
+            options = {"labels": present, "zero_division": 0}
+            columns = precision_recall_fscore_support(labels, predictions, **options)
             for score, column in zip(SCORES, columns):
                 for name, value in zip(present, column):
                     values[name][score].append(float(value))
@@ -578,10 +567,6 @@ def test_the_tables_in_markdown_hold_the_numbers_of_the_csv(study):
                 and cells[1] == one["images"]
                 and agree(cells[2:5], one)
             )
-
-
-def test_table_4_is_printed_as_it_is_written(study):
-    assert (study[0] / "results/table4.md").read_text() in study[2]
 
 
 # ---------------------------------------------------------------- order

@@ -89,11 +89,9 @@ def test_a_folds_test_images_as_new_images(trained, tmp_path, monkeypatch, capsy
     report = sklearn.metrics.classification_report(truth, predicted, output_dict=True, zero_division=0)
     for row in read(out / "table5_shufflenet_v2_x0_5_prior_uniform.csv"):
         expected = report[row["class"]]
-        assert [
-            float(row[key]) for key in ("precision_mean", "recall_mean", "f1_mean", "images")
-        ] == pytest.approx(
-            [expected[key] for key in ("precision", "recall", "f1-score", "support")], abs=1e-6
-        )
+        ours = [float(row[key]) for key in ("precision_mean", "recall_mean", "f1_mean", "images")]
+        theirs = [expected[key] for key in ("precision", "recall", "f1-score", "support")]
+        assert ours == pytest.approx(theirs, abs=1e-6)
     assert float(read(out / "table4.csv")[0]["accuracy_mean"]) == pytest.approx(report["accuracy"], abs=1e-6)
     for row in read(out / "confusion_shufflenet_v2_x0_5_prior_uniform.csv"):
         assert float(row[row["class"]]) == pytest.approx(report[row["class"]]["recall"], abs=1e-6)
@@ -164,17 +162,10 @@ def test_any_image_is_judged_and_unreadable_ones_are_named(trained, tmp_path, mo
     (folder / "notes.jpeg").write_text("no image")
     predict_new(monkeypatch, runs, tmp_path)
     rows = read(tmp_path / "out" / "predictions.csv")
-    assert [row["path"].split("/")[-1] for row in rows] == [
-        "alpha.png",
-        "deep.tif",
-        "grey.PNG",
-        "wide, $5 #1.bmp",
-    ]
-    assert sorted(row["path"].split("/")[-1] for row in read(tmp_path / "out" / "left_out.csv")) == [
-        "empty.jpg",
-        "half.jpg",
-        "notes.jpeg",
-    ]
+    names = [row["path"].split("/")[-1] for row in rows]
+    assert names == ["alpha.png", "deep.tif", "grey.PNG", "wide, $5 #1.bmp"]
+    left_out = [row["path"].split("/")[-1] for row in read(tmp_path / "out/left_out.csv")]
+    assert sorted(left_out) == ["empty.jpg", "half.jpg", "notes.jpeg"]
     said = capsys.readouterr().out
     assert "1 images have an alpha channel" in said and "1 images hold 16 bits" in said
     assert all(f"sub/deeper/{name}: unreadable" in said for name in ("half.jpg", "empty.jpg", "notes.jpeg"))

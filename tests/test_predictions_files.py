@@ -64,15 +64,6 @@ def assert_left_out(runs, file, *reasons):
     assert not re.search(r"\b(nan|inf|none)\b", "".join([out, *with_it.values()]), re.IGNORECASE)
 
 
-def test_a_sound_study_gives_no_line_and_status_0(sound):
-    status, _, err = command("--runs", sound)
-    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(sound / "results/table4.csv")] == [
-        "3",
-        "3",
-    ]
-    tables(sound)
-
-
 # ---------------------------------------------------------------- one file alone
 def replace(old, new):
     """A damage to the file's bytes that must find what it replaces."""
@@ -95,60 +86,31 @@ def row(number, change):
     return damage
 
 
-NO_TABLE, NO_SUM = (
-    "is no table of path,label,prediction,p_<CLASS>...",
-    "'BLA/4.jpg' has probabilities that don't add up to 1",
-)
+HALF, NO_TABLE = "ends in the middle of a row", "is no table of path,label,prediction,p_<CLASS>..."
+NO_SUM = "'BLA/4.jpg' has probabilities that don't add up to 1"
+NO_CLASS = "'BLA/4.jpg' has a class that is not in the header"
 DAMAGES = {
-    "empty": (lambda content: b"", "ends in the middle of a row"),
+    "empty": (lambda content: b"", HALF),
     "line end alone": (lambda content: b"\r\n", "No columns"),
-    "zeros": (
-        lambda content: b"\0" * len(content),
-        "ends in the middle of a row",
-    ),  # as after a power failure
+    "zeros after a power failure": (lambda content: b"\0" * len(content), HALF),
     "header alone": (lambda content: content[: content.index(b"\n") + 1], NO_TABLE),
-    "half a row": (lambda content: content[:-4], "ends in the middle of a row"),
-    "half a line end": (lambda content: content[:-1], "ends in the middle of a row"),
+    "half a line end": (lambda content: content[:-1], HALF),
     "zeros and a line end": (lambda content: content[:-40] + b"\0" * 39 + b"\n", ""),
     "of another program": (lambda content: b"image;class\r\n1.jpg;BLA\r\n", NO_TABLE),
-    "picture": (lambda content: bytes(range(256)) * 9 + b"\n", ""),
     "UTF-16": (lambda content: content.decode().encode("utf-16") + b"\n", ""),
     "no header": (lambda content: content[content.index(b"\n") + 1 :], NO_TABLE),
-    "log.csv": (lambda content: b"epoch,lr,train_loss,val_loss\r\n1,0.1,2,2\r\n", NO_TABLE),
     "no classes": (lambda content: b"path,label,prediction\r\n1,BLA,BLA\r\n", ""),
     "class twice": (replace(b"p_LYT", b"p_BLA"), ""),
     "row too short": (row(3, lambda fields: fields[:-1]), "could not convert"),
     "row too long": (row(3, lambda fields: [*fields, b"0"]), "Expected 6 fields in line 4, saw 7"),
-    "all rows too long": (
-        lambda content: content.replace(b"\r\n", b",0\r\n").replace(b",0\r\n", b"\r\n", 1),
-        "",
-    ),
-    "two rows in one": (lambda content: re.sub(rb"\r\n(?=BLA/10)", b"", content), "Expected 6 fields"),
-    "row twice": (
-        lambda content: content + content.splitlines(True)[2],
-        "'BLA/4.jpg' appears more than once",
-    ),
     "file twice": (lambda content: content + content[content.index(b"\n") + 1 :], "appears more than once"),
-    "unknown label": (
-        row(2, lambda fields: [fields[0], b"ABE", *fields[2:]]),
-        "'BLA/4.jpg' has a class that is not in the header",
-    ),
-    "unknown prediction": (
-        row(2, lambda fields: [*fields[:2], b"7", *fields[3:]]),
-        "'BLA/4.jpg' has a class that is not in the header",
-    ),
-    "label missing": (
-        row(2, lambda fields: [fields[0], b"", *fields[2:]]),
-        "'BLA/4.jpg' has a class that is not in the header",
-    ),
+    "unknown label": (row(2, lambda fields: [fields[0], b"ABE", *fields[2:]]), NO_CLASS),
+    "unknown prediction": (row(2, lambda fields: [*fields[:2], b"7", *fields[3:]]), NO_CLASS),
     "open quote": (row(2, lambda fields: [b'"' + fields[0], *fields[1:]]), "EOF inside string"),
-    "NaN": (row(2, lambda fields: [*fields[:3], b"nan", b"nan", b"nan"]), NO_SUM),
     "one NaN": (row(2, lambda fields: [*fields[:-1], b"NaN"]), NO_SUM),
-    "infinity": (row(2, lambda fields: [*fields[:-1], b"inf"]), NO_SUM),
     "negative": (row(2, lambda fields: [*fields[:4], b"-0.05", b"0.15"]), "'BLA/4.jpg'"),
     "logits": (row(2, lambda fields: [*fields[:3], b"4.1", b"2.5", b"-3"]), NO_SUM),
     "another class is highest": (row(2, lambda fields: [*fields[:3], b"0.3", b"0.3", b"0.4"]), ""),
-    "no number": (row(2, lambda fields: [*fields[:-1], b"many"]), "many"),
 }
 
 
@@ -222,15 +184,6 @@ def test_bytes_overwritten_at_random_never_give_a_traceback_or_a_nan(runs):
     assert 100 < refused < 400
 
 
-def test_a_missing_file_is_an_unfinished_run_and_no_fault(runs):
-    file_of(runs).unlink()
-    status, _, err = command("--runs", runs)
-    assert (status, err) == (0, "") and [row["folds"] for row in read_csv(runs / "results/table4.csv")] == [
-        "3",
-        "2",
-    ]
-
-
 def test_several_damaged_files_give_a_line_each(runs):
     files = [file_of(runs, GOOD, 0), file_of(runs, BAD, 0), file_of(runs, BAD, 1), file_of(runs, BAD, 2)]
     for file in files:
@@ -268,15 +221,6 @@ def test_images_of_another_fold(runs):
     """A file that was copied into the wrong fold."""
     shutil.copy(file_of(runs, fold=2), file_of(runs, fold=1))
     assert_left_out(runs, file_of(runs), "15 images are not in the test part of fold1")
-
-
-def test_an_image_that_the_data_set_has_not(runs):
-    rows = rows_of(file_of(runs))
-    assert_left_out(
-        runs,
-        write_predictions(runs, BAD, 1, [["BLA/999.jpg", *rows[0][1:]], *rows[1:]], list(COUNTS)),
-        "'BLA/999.jpg'",
-    )
 
 
 def test_fewer_rows_than_the_split_has_test_images(runs):
@@ -367,16 +311,6 @@ def test_a_damaged_config_is_no_traceback(runs, config):
     assert (status, err) == (0, "") or named
 
 
-def test_a_fold_that_the_split_has_not(runs):
-    file = file_of(runs, fold=3)
-    file.parent.mkdir()
-    shutil.copy(file_of(runs), file)
-    status, _, err = command("--runs", runs)
-    assert status == 1 and err.startswith(
-        f"{file}: 15 images are not in the test part of fold3 with this label"
-    )
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -432,15 +366,10 @@ NASTY = [
     "new\nline",
     "carriage\rreturn",
     "ä-細胞",
-    "not UTF-8 \udcff\udc80",
     " space ",
-    "'; --",
     "$x_1$",
-    "a|b",
-    "nan",
-    "#hash",
-    "p_nan",
 ]
+NASTY += ["'; --", "not UTF-8 \udcff\udc80", "a|b", "nan", "#hash", "p_nan"]
 
 
 def test_names_of_every_kind_read_back(tmp_path):
