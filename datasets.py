@@ -576,15 +576,6 @@ def describe(info):
     return "\n".join(lines + [f"  note: {note}" for note in info["notes"]])
 
 
-def end_in_a_line():
-    """`| head` ends a script without a word, Ctrl-C with one line instead of a traceback."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    usual = sys.excepthook
-    sys.excepthook = lambda kind, *rest: (
-        print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else usual(kind, *rest)
-    )
-
-
 def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that | head ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -126,6 +126,12 @@ def read_run(folder):
     return classes, cells
 
 
+def find_data(fold):
+    """The folder, pattern or table that a fold was trained on."""
+    config = datasets.read_json(fold / "config.json")
+    return config.get("source") or config["root"]
+
+
 def choose(cells, count):
     """At most count of the cells: the half of highest confidence and the half of lowest, highest first."""
     cells = sorted(cells, key=lambda cell: -cell["p"].max())
@@ -201,7 +207,7 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
         reason = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
         raise SystemExit(f"{unknown[0]}: {reason}")
     labels = labels or sorted(set(chosen.values())) or [c for c in FIGURES if c in classes] or classes[:2]
-    data = data or datasets.read_json(cells[0]["fold"] / "config.json")["root"]
+    data = data or find_data(cells[0]["fold"])
     figures, shown = {label: [] for label in labels}, []
     for label, halves in figures.items():
         of_class = [cell for cell in cells if cell["label"] == label]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import datasets
 import evaluate
 import gradcam
+import layouts
 import models
 
 
@@ -79,18 +80,24 @@ def make_study(model, classes, labels, p, ratio, prior):
 
 # ---------------------------------------------------------------- new images
 def find_images(images, out):
-    """(folder, paths of the images below it, of pictures that are not read); a file is a folder of one."""
-    if images.is_file():
-        return images.parent, [images.name], []
+    """(folder, paths of images below it, of files not read, {path: fields} of a pattern or a table).
+
+    A picture is a folder of one.
+    """
+    if images.is_file() and images.name.lower().endswith(datasets.IMAGE_TYPES):
+        return images.parent, [images.name], [], {}
+    if not images.is_dir():
+        root, rows, notes = layouts.read_rows(str(images))
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        return pathlib.Path(root), sorted(rows), [], rows
     ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
-    if not images.is_dir() or ours == "./":
-        why = "the images' own folder; name another --out" if images.is_dir() else "no such file or folder"
-        raise SystemExit(f"{images}: {why}")
+    if ours == "./":
+        raise SystemExit(f"{images}: the images' own folder; name another --out")
     paths, unread = datasets.find_images(images)
     paths = [path for path in paths if not path.startswith(ours)]
     if not paths:
         raise SystemExit(f"{images}: no image found there ({', '.join(datasets.IMAGE_TYPES)})")
-    return images, paths, unread
+    return images, paths, [path for path in unread if not path.startswith(ours)], {}
 
 
 def trained_on(checkpoints, infos, cells, digests):
@@ -123,10 +130,16 @@ def trained_on(checkpoints, infos, cells, digests):
     return seen
 
 
-def folder_labels(paths, names):
-    """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that."""
+def folder_labels(paths, names, rows):
+    """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that.
+
+    Where a pattern or a table says so (rows), the class is that of its label, the smear its group.
+    """
     labels = []
     for path in paths:
+        if rows:
+            labels.append((names.get(rows[path].get("class"), ""), rows[path].get("group") or "."))
+            continue
         folders = path.split("/")[:-1]
         level = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
         label = names[folders[level]] if level < len(folders) else ""
@@ -205,7 +218,7 @@ def read_cells(folder, paths, unread):
     whys, digests, _, _, notes = zip(*datasets.inspect_all(cells))
     for note, number in collections.Counter(itertools.chain(*notes)).items():
         print(f"{number} images {note}")
-    left_out = [(path, "a type of picture that is not read") for path in unread]
+    left_out = [(path, "a type of file that is not read") for path in unread]
     left_out += [(path, f"unreadable: {why}") for path, why in zip(paths, whys) if why]
     if all(whys):
         raise SystemExit(f"{folder}: none of {len(paths)} images can be read, e.g. {': '.join(left_out[-1])}")
@@ -214,7 +227,7 @@ def read_cells(folder, paths, unread):
 
 def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
-    in_folder = find_images(images, out)
+    *in_folder, rows = find_images(images, out)
     nets, infos = load_networks(checkpoints)
     classes = infos[0]["classes"]
     ratio = prior_ratio(prior, classes, np.sum([info["train_counts"] for info in infos], 0))
@@ -231,11 +244,11 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
     evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
     final = correct(p, ratio)
     predicted = [classes[i] for i in final.argmax(1)]
-    rows = [["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]]
+    table = [["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]]
     for path, label, row in zip(cells.paths, predicted, final):
-        rows.append([path, label, *(f"{value:.7g}" for value in (row.max(), *row))])
-    evaluate.write_csv(out / "predictions.csv", rows)
-    labels, smears = zip(*folder_labels(cells.paths, names))
+        table.append([path, label, *(f"{value:.7g}" for value in (row.max(), *row))])
+    evaluate.write_csv(out / "predictions.csv", table)
+    labels, smears = zip(*folder_labels(cells.paths, names, rows))
     evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
     for path, why in left_out[:10]:
         print(f"{path}: {why}")
@@ -257,7 +270,7 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
 def predict_run(folder, data, device):
     """Write predictions_tta.csv of a run's finished folds: their own test images, networks as they are."""
     _, tested = gradcam.read_run(folder)
-    data = datasets.open_dataset(data or datasets.read_json(tested[0]["fold"] / "config.json")["root"])
+    data = datasets.open_dataset(data or gradcam.find_data(tested[0]["fold"]))
     place = {path: i for i, path in enumerate(data.paths)}
     for fold in sorted({cell["fold"] for cell in tested}):
         net, info = models.load_checkpoint(fold / "best.pt")
