@@ -29,6 +29,10 @@ with open(plan / "calls", "a") as handle:
     handle.write(" ".join(words).replace("\n", " ") + "\n")
 if call[0] == "models.py":
     sys.exit((plan / ("no-weights-" + call[-1])).exists())
+if call[0] == "splits.py":
+    out = pathlib.Path(value("--out"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sys.exit(not out.write_text("path,label,fold0,fold1,fold2,fold3,fold4\n"))
 runs = pathlib.Path(value("--runs"))
 ends = []
 if call[0] == "train.py":
@@ -86,6 +90,7 @@ class Place:
         for name in ("bm", "cd", "pcam"):
             (self.data / name).mkdir(parents=True)
         shutil.copy(ROOT / "run_all.sh", folder)
+        (folder / "train.py").touch()
         python = PYTHON.replace("{python}", sys.executable)
         programs = {"python": python, "sleep": SLEEP, "sbatch": SBATCH, "nvidia-smi": NO_DRIVER}
         for name, text in programs.items():
@@ -102,7 +107,7 @@ class Place:
         environment = self.environment | environment
         environment = {name: str(value) for name, value in environment.items() if value is not None}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        return subprocess.Popen(command, env=environment, cwd=self.folder, start_new_session=True, **pipes)
 
     def run(self, *arguments, **environment):
         """(status, stdout, stderr)"""
@@ -144,6 +149,49 @@ def place(tmp_path):
 CPU = ("--device", "cpu")
 ONE = {"MODELS": "resnet18", "INITS": "random", "FOLDS": "0 1", "OVERLAPS": "no"}
 FOLD = "train.py-resnet18-random-fold"
+
+
+# ---------------------------------------------------------------- where it is called, on which cells
+def test_the_folds_are_those_of_the_split(place):
+    """Ten folds in split.csv are ten jobs."""
+    place.runs.mkdir()
+    (place.runs / "split.csv").write_text("path,label," + ",".join(f"fold{k}" for k in range(10)) + "\n")
+    one = {"MODELS": "resnet18", "INITS": "random", "OVERLAPS": "no"}
+    assert place.run(*CPU, **one)[0] == 0
+    assert place.jobs() == [f"train.py/resnet18/random/{k}" for k in range(10)]
+    assert not place.calls("splits.py")
+
+
+@pytest.mark.parametrize("target", ["mine", "mine/Patient_{group}/{class}/*.jpg", "cells.csv"])
+def test_the_study_on_other_cells(place, target):
+    """TARGET is what --data takes: a folder, a pattern or a table, relative to where run_all.sh is called."""
+    (place.folder / "mine").mkdir()
+    (place.folder / "cells.csv").touch()
+    assert place.run(*CPU, **ONE, TARGET=target)[0] == 0
+    calls = place.calls("splits.py", "train.py")  # the split is made first
+    assert [words[0] for _, words in calls] == ["splits.py", "train.py", "train.py"]
+    assert all(f"--data {target} " in " ".join(words) for _, words in calls)
+
+
+def test_a_link_works_and_a_lone_copy_says_where_it_belongs(place, tmp_path):
+    """A link in ~/bin finds the scripts; Slurm runs a copy in its spool, which cannot."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    (spool / "link").symlink_to(place.folder / "run_all.sh")
+    shutil.copy(place.folder / "run_all.sh", spool / "slurm_script")
+    for name, status in (("link", 0), ("slurm_script", 1)):
+        environment = {key: str(value) for key, value in place.environment.items()}
+        command = ["bash", spool / name, "--list"]
+        done = subprocess.run(command, env=environment, cwd=spool, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert (f"{place.folder}/train.py" in done.stdout.replace("\\", "")) == (status == 0)
+    assert done.stderr.count("\n") == 1 and "call run_all.sh where it lies" in done.stderr
+
+
+def test_its_own_variables_are_checked_and_others_do_not_matter(place):
+    """FOLDS is numbers; JOBS is a variable of many a site, and none of ours."""
+    assert place.run("--list", **ONE | {"FOLDS": "all"})[0] == 2
+    assert place.run(*CPU, **ONE, JOBS="max")[0] == 0
 
 
 # ---------------------------------------------------------------- the list
@@ -236,7 +284,8 @@ def test_every_job_is_done_once_and_after_its_pretraining(place):
 
 
 def test_the_papers_table_stands_beside_where_the_cells_are_bone_marrow(place):
-    (place.data / "bm/BM_cytomorphology_data/FGC").mkdir(parents=True)
+    place.runs.mkdir()
+    (place.runs / "split.csv").write_text("path,label,fold0,fold1\nFGC/1.jpg,FGC,test,train\n")
     place.run(*CPU, **ONE)
     assert place.calls("evaluate.py")[-1][1][-2:] == ["--compare", "paper/table4.csv"]
 
