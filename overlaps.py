@@ -8,9 +8,9 @@ dy) of the second), runs/groups.csv (path,group of every image) and runs/results
 
 A corner of a picture is found again in every crop that shows it, so the 16x16 pixels around each corner
 become 256 bits: signs of random projections of the lowest frequencies, which JPEG changes little. Corners
-that share a word of 48 of these bits vote for a displacement of their images; then the pixels of the
-shared rectangle decide. Flipped, rotated or scaled copies are not looked for; rectangles narrower than 17
-pixels are found only where a third image shows how two others lie.
+that share a word of 48 of these bits vote for a displacement of their images; a word that many share, as on
+smooth edges, hardly counts. Corners must lie on each other there; then the pixels of the shared rectangle
+decide. Flipped, rotated or scaled copies are not looked for.
 """
 
 import argparse
@@ -33,7 +33,8 @@ import datasets
 PATCH = 16  # a corner's patch has this many pixels a side
 SCALES = (1, 5, 5, 1.5), (2, 7, 7, 2.0)  # a patch's step; pixels summed at a corner, to the next, of blur
 CORNER = 1e-5  # strength of the weakest corner
-TABLES, FREQUENT = 8, 1000  # words of a corner; how many others of the same word it is compared with
+TABLES, COMMON, COPY = 8, 8, 1  # words of a corner; corners that share a stop word, bits they may differ in
+AGREE = 0.2  # share of one picture's corners that are within 2 pixels of the other's, where they overlap
 FLIPS, TONE, CONTRAST = 16, 6, 0.1  # two views of a corner differ by less: bits, grey levels, log contrast
 STRICT = 8, 0.6, 0.04  # the same for a vote that is enough alone
 SAME = 0.85, 2.0  # correlation at least, mean difference at most (grey levels) where only JPEG differs
@@ -95,8 +96,9 @@ def collect_corners(cells):
         for field, part in zip(fields, corners):
             field += part.tobytes()
     if 0 in counts:
-        why = "no corner (flat, tiny or unreadable)"
-        print(f"{counts.count(0)} images have {why}: not compared", file=sys.stderr)
+        print(
+            f"{counts.count(0)} images have no corner (flat, tiny, unreadable): not compared", file=sys.stderr
+        )
     bits, places, tones = map(np.frombuffer, fields, (np.uint8, np.uint16, np.float16))
     image = np.repeat(np.arange(len(cells), dtype=np.int32), counts)
     return bits.reshape(-1, 32), places.reshape(-1, 2), tones.reshape(-1, 2), image
@@ -108,34 +110,45 @@ def word(bits, table):
     return bits[:, np.arange(4 * table, 4 * table + 6) % bits.shape[1]]
 
 
-def cast_votes(bits, places, tones, image, far, order, keys, table, rows):
-    """Ballots int64 [M] of corners that look alike, one of each two in rows (a range) of order; rows left.
+def sort_words(bits, tones, common, table):
+    """Order int64 [K] of corners and sorted keys uint64 [K], a word above the mean grey; marks stop words."""
+    keys = np.zeros((len(bits), 8), np.uint8)
+    keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
+    keys = keys.view(np.uint64)[:, 0]
+    order = np.argsort(keys)
+    keys = keys[order]
+    crowded = np.flatnonzero(keys[COMMON:] - keys[:-COMMON] <= TONE)
+    common[order[crowded]] |= 1 << table
+    common[order[crowded + COMMON]] |= 1 << table
+    return order, keys
 
-    keys: uint64 [K] in that order, a word above the mean grey, sorted: neighbours are alike in both. A ballot
-    is one number for two images and their displacement (elect); a strict vote is two of them.
+
+def cast_votes(bits, places, tones, image, far, order, keys, common, table, rows):
+    """Ballots int64 [M] of corners that look alike, one of each two in rows (a range) of order.
+
+    Bit t of common uint8 [K]: the corner's word t is a stop word (Sivic, Zisserman 2003): only copies count
+    then. A ballot is one number for two images and their displacement (elect); a strict vote is two of them.
     """
     rows, ballots = np.arange(rows.start, rows.stop), [np.zeros(0, np.int64)]
-    for distance in range(1, FREQUENT + 1):
+    for distance in range(1, COMMON):
         rows = rows[: np.searchsorted(rows, len(keys) - distance)]
         rows = rows[keys[rows + distance] - keys[rows] <= TONE]
-        if not len(rows):
-            break
         a, b = order[rows], order[rows + distance]
         a, b = np.minimum(a, b), np.maximum(a, b)  # corners are in the order of images
-        tone = np.abs(tones[a].astype(np.float32) - tones[b])
+        tone, stop = np.abs(tones[a].astype(np.float32) - tones[b]), common[a] | common[b]
         keep = (image[a] != image[b]) & (tone[:, 1] <= CONTRAST)
-        a, b, tone = a[keep], b[keep], tone[keep]
+        a, b, tone, stop = a[keep], b[keep], tone[keep], stop[keep]
         differ = bits[a] ^ bits[b]
         flips = np.bitwise_count(differ.view(np.uint64)).sum(1)
-        keep = flips <= FLIPS
+        keep = flips <= np.where(stop >> table & 1, COPY, FLIPS)
         for earlier in range(table):
-            keep &= word(differ, earlier).any(1)  # else that table has this vote
+            keep &= word(differ, earlier).any(1) | (stop >> earlier & 1 == 1)  # else that table has this vote
         strict = keep & (tone <= STRICT[1:]).all(1) & (flips <= STRICT[0])
         a, b = (np.r_[corner[keep], corner[strict]] for corner in (a, b))
         dx, dy = (places[a].astype(np.int64) - places[b] + far).T
         pair = image[a].astype(np.int64) * (int(image[-1]) + 1) + image[b]
         ballots.append((pair * 2 * far + dx) * 2 * far + dy)
-    return np.concatenate(ballots), len(rows)
+    return np.concatenate(ballots)
 
 
 def elect(ballots, images, far):
@@ -155,6 +168,18 @@ def elect(ballots, images, far):
     return np.column_stack([pair // images, pair % images, dx - far, dy - far])
 
 
+def corners_agree(places, ends, candidate):
+    """Whether corners of the first picture are corners of the second, as they are in crops of one scan."""
+    first, second, dx, dy = map(int, candidate)
+    corners = places[ends[first] : ends[first + 1]].astype(int) - (dx, dy)
+    y, x = places[ends[second] : ends[second + 1], ::-1].T
+    there = np.zeros((y.max() + 2, x.max() + 2), np.uint8)
+    there[y, x] = 1
+    inside = ((corners >= (x.min(), y.min())) & (corners <= (x.max(), y.max()))).all(1)
+    x, y = corners[inside].T
+    return cv2.dilate(there, np.ones((5, 5), np.uint8))[y, x].sum() >= AGREE * len(x)
+
+
 def find_candidates(cells):
     """Candidates (elect) among all images. SystemExit if there are too many of too large images."""
     bits, places, tones, image = collect_corners(cells)
@@ -163,36 +188,27 @@ def find_candidates(cells):
     far, images = int(places.max()) + 2, int(image[-1]) + 1
     if (2 * far * images) ** 2 >= 1 << 63:
         raise SystemExit(f"{cells.root}: {len(cells)} images of {far} pixels are too many to compare at once")
-    ballots, new, frequent = [np.zeros(0, np.int64)], 0, 0
+    ballots, common = np.zeros(0, np.int64), np.zeros(len(image), np.uint8)
     blocks = [range(start, min(start + BLOCK, len(image))) for start in range(0, len(image), BLOCK)]
     for table in range(TABLES):
-        keys = np.zeros((len(image), 8), np.uint8)
-        keys[:, 0], keys[:, 2:] = tones[:, 0], word(bits, table)
-        keys = keys.view(np.uint64)[:, 0]
-        order = np.argsort(keys)
-        keys = keys[order]
-        work = functools.partial(cast_votes, bits, places, tones, image, far, order, keys, table)
-        for cast, more in datasets.in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block"):
-            ballots.append(cast)
-            new, frequent = new + len(cast), frequent + more
-            if new > max(len(ballots[0]), 8 * BLOCK):
-                ballots, new = [sort_ballots(ballots)], 0
+        order, keys = sort_words(bits, tones, common, table)
+        work = functools.partial(cast_votes, bits, places, tones, image, far, order, keys, common, table)
+        cast = datasets.in_threads(work, blocks, f"comparing, {table + 1} of {TABLES}", "block")
+        ballots = np.concatenate([ballots, *cast])
+        ballots.sort()  # at most eight equal ones stay: memory is bounded where many images overlap
+        ballots = ballots[np.r_[np.ones(min(8, len(ballots)), bool), ballots[8:] != ballots[:-8]]]
         keys = order = work = None  # gigabytes, before the next ones are made
-    if frequent:
-        share = frequent / (TABLES * len(image))
-        print(f"{share:.2%} of words have over {FREQUENT} like them: not compared with more", file=sys.stderr)
-    del bits, places, tones, image  # memory for the election, which looks at a slice of the pairs at a time
-    ballots, shifts = sort_ballots(ballots), (2 * far) ** 2
-    ends = np.searchsorted(ballots, (ballots[4 * BLOCK :: 4 * BLOCK] // shifts + 1) * shifts)
-    parts = [part for part in np.split(ballots, ends) if len(part)]
-    return np.concatenate([np.zeros((0, 4), np.int64), *(elect(part, images, far) for part in parts)])
-
-
-def sort_ballots(ballots):
-    """Arrays of ballots as one, sorted, at most eight of them equal: memory is bounded where many overlap."""
-    ballots = np.concatenate(ballots)
-    ballots.sort()
-    return ballots[np.r_[np.ones(min(8, len(ballots)), bool), ballots[8:] != ballots[:-8]]]
+    stop = np.bitwise_count(common).sum() / (TABLES * len(image))
+    plain = len(np.unique(image)) - len(np.unique(image[common < (1 << TABLES) - 1]))
+    print(f"{stop:.2%} of words, all of {plain:,} images, are too common: only copies count", file=sys.stderr)
+    agree = functools.partial(corners_agree, places, np.searchsorted(image, np.arange(images + 1)))
+    del bits, tones, image, common  # memory for the election, which looks at a slice of pairs at a time
+    slices = np.searchsorted(
+        ballots, (ballots[4 * BLOCK :: 4 * BLOCK] // (2 * far) ** 2 + 1) * (2 * far) ** 2
+    )
+    parts = [part for part in np.split(ballots, slices) if len(part)]
+    elected = np.concatenate([np.zeros((0, 4), np.int64), *(elect(part, images, far) for part in parts)])
+    return elected[np.fromiter(datasets.in_threads(agree, elected, "looking at corners", "pair"), bool)]
 
 
 # ---------------------------------------------------------------- pixels
@@ -247,11 +263,11 @@ def find_overlaps(cells):
     work = functools.partial(compare, functools.lru_cache(512)(cells.__getitem__))
     candidates, tried, rows = find_candidates(cells), set(), []
     while len(candidates):
+        print(f"{len(candidates):,} pairs to look at", file=sys.stderr)
         rows += filter(None, datasets.in_threads(work, candidates, "looking at pixels", "pair"))
         tried |= set(map(tuple, candidates))
         candidates = [candidate for candidate in third_sides(rows) if candidate not in tried]
-    paths = list(map(str, cells.paths))
-    return [(paths[first], paths[second], *rest) for first, second, *rest in sorted(rows)]
+    return [(str(cells.paths[a]), str(cells.paths[b]), *rest) for a, b, *rest in sorted(rows)]
 
 
 def find_groups(paths, rows):
@@ -276,10 +292,7 @@ def describe(cells, rows, groups):
         of_class = overlapping[cells.targets == target]
         lines.append(f"  {name:12} {of_class.sum():7,} of {len(of_class):7,}  {of_class.mean():6.1%}")
     sizes = np.bincount(groups)
-    largest = "; the largest:" if sizes.max() > 1 else ""
-    lines.append(f"{(sizes > 1).sum():,} groups of more than one image{largest}")
-    for group in np.argsort(-sizes, kind="stable")[: min(5, (sizes > 1).sum())]:
-        lines.append(f"  {sizes[group]} images, e.g. {', '.join(cells.paths[groups == group][:3])}")
+    lines.append(f"{(sizes > 1).sum():,} groups of more than one image, the largest of {sizes.max()}")
     return "\n".join(lines)
 
 
@@ -287,15 +300,10 @@ def draw_sheet(cells, rows):
     """Figure of at most SHOWN pairs, what they share framed: across classes first, then the largest area."""
     index = {path: number for number, path in enumerate(cells.paths)}
     label = {path: cells.classes[cells.targets[number]] for path, number in index.items()}
-    chosen, used = [], set()
-    for row in sorted(rows, key=lambda row: (label[row[0]] == label[row[1]], -row[5])):
-        if len(chosen) < SHOWN and used.isdisjoint(row[:2]):
-            chosen.append(row)
-            used.update(row[:2])
+    chosen = sorted(rows, key=lambda row: (label[row[0]] == label[row[1]], -row[5]))[:SHOWN]
     lines = max(1, -(-len(chosen) // 3))
     figure = Figure(figsize=(14, 2.8 * lines), layout="constrained")
-    if not chosen:
-        figure.text(0.5, 0.5, "no two images share pixels", ha="center")
+    figure.suptitle("" if chosen else "no two images share pixels")
     for part, (*paths, dx, dy, difference, area) in zip(figure.subfigures(lines, 3).flat, chosen):
         part.suptitle(f"shifted by ({dx}, {dy}), {area:.0%} shared, difference {difference:.2f}", fontsize=9)
         pictures = [cells[index[path]].copy() for path in paths]
@@ -313,8 +321,8 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder of the data set")
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="folder for the results")
     args = parser.parse_args()
-    datasets.end_in_a_line()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half file stays
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):  # Ctrl-C, kill and | head end it at once
+        signal.signal(name, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     cells = datasets.open_dataset(args.data)
     info = datasets.check_dataset(cells, args.runs)

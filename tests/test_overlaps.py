@@ -130,6 +130,39 @@ def test_text_and_bars_are_no_overlap(tmp_path):
     assert overlaps.find_overlaps(datasets.open_dataset(tmp_path)) == []
 
 
+def draw_smear(rng):
+    """Red cells, soft discs of nearly one size and colour on an even background, uint8 RGB [250,250,3]."""
+    picture = np.full((250, 250, 3), (232, 222, 214), np.float32) + rng.normal(0, 2)
+    for x, y in rng.uniform(0, 250, (12, 2)):
+        width, height = rng.uniform(32, 46, 2)
+        box = (x, y), (width, height), rng.uniform(0, 180)
+        cv2.ellipse(picture, box, (np.array((214, 168, 170)) + rng.normal(0, 5)).tolist(), -1)
+    grain = cv2.GaussianBlur(rng.normal(0, 6, picture.shape), (0, 0), 1)
+    return np.clip(cv2.GaussianBlur(picture, (0, 0), 2.5) + grain, 0, 255).astype(np.uint8)
+
+
+class Pictures(list):
+    """Pictures in memory, for what reads Cells by number."""
+
+    root = "memory"
+
+
+def test_candidates_of_smooth_look_alikes_grow_linearly():
+    rng = np.random.default_rng(3)
+    pictures = [draw_smear(rng) for _ in range(600)]
+    few, many = (len(overlaps.find_candidates(Pictures(pictures[:images]))) for images in (150, 600))
+    assert 0 < many <= 5 * few  # all pairs would be 16 times as many
+
+
+def test_copies_are_found_however_many(tmp_path):
+    """30 files of one picture: each of their words is a stop word."""
+    picture = draw_smear(np.random.default_rng(4))
+    for name in "AB":
+        write_crops(picture, [(0, 0)] * 15, tmp_path / name, kind="png")
+    rows = overlaps.find_overlaps(datasets.open_dataset(tmp_path))
+    assert len(rows) == 30 * 29 / 2 and all(row[2:] == (0, 0, 0, 1) for row in rows)
+
+
 def test_known_pairs_of_real_cells(real_cells):
     """The pairs were found by another program, and looked at."""
     known = read_csv(real_cells / "bm_cells_overlaps.csv")
