@@ -367,22 +367,29 @@ def test_where_nothing_is_learned_the_middle_of_all_is_taken(cells, tmp_path, ca
 
 
 # ---------------------------------------------------------------- kept
-KEPT = {"optimizer": "sgd", "batch_size": 8, "image_size": 8, "seed": 3, "epochs": 1, "data": "cells"}
-KEPT["weights"] = None
-OTHERS = {"optimizer": "adamw", "batch_size": 4, "image_size": 16, "seed": 0, "epochs": 75, "data": "other"}
-OTHERS["weights"] = "others"
+KEPT = {"optimizer": "sgd", "batch_size": 8, "image_size": 8, "seed": 3, "smoothing": 0.0, "colour": 0.0}
+KEPT |= {"epochs": 1, "data": "cells", "weights": None}
+OTHERS = {"optimizer": "adamw", "batch_size": 4, "image_size": 16, "seed": 0, "smoothing": 0.1, "colour": 0.2}
+OTHERS |= {"epochs": 75, "data": "other", "weights": "others"}
+
+
+def find_again(folder, cells, **changed):
+    """find with the settings KEPT but for the changed ones."""
+    settings = KEPT | changed
+    origin = {key: settings.pop(key) for key in ("data", "weights")}
+    return find(folder, cells, origin=origin, **settings)
 
 
 def test_the_rate_is_measured_once(cells, tmp_path):
     """A second call reads measured.json; a damaged one is named."""
-    rate = find(tmp_path, cells, epochs=1, data="cells")
+    rate = find_again(tmp_path, cells)
     file = tmp_path / "measured.json"
     assert json.loads(file.read_text()) == KEPT | {"candidates": [], "lr": rate}
     file.write_text(json.dumps(KEPT | {"lr": 0.123}))
-    assert find(tmp_path, cells, make_net=None, epochs=1, data="cells") == 0.123
+    assert find_again(tmp_path, cells) == 0.123
     file.write_text('{"lr": 0.0')
     with pytest.raises(SystemExit, match=r"^[^\n]*measured.json: damaged[^\n]*$"):
-        find(tmp_path, cells, epochs=1, data="cells")
+        find_again(tmp_path, cells)
 
 
 @pytest.mark.parametrize("key", OTHERS)
@@ -390,9 +397,8 @@ def test_a_rate_of_other_settings_is_measured_anew(cells, tmp_path, capsys, key)
     """A rate of SGD is a hundred times too high for AdamW; this is said, and the old curve goes."""
     (tmp_path / "measured.json").write_text(json.dumps(KEPT | {"lr": 0.123}))
     (tmp_path / "lr_range.csv").write_text("lr,loss\n")
-    settings = {"epochs": 1, "data": "cells", key: OTHERS[key]}
     expected = 3e-4 if key == "optimizer" else 0.003  # too few steps to try rates
-    assert find(tmp_path, cells, **settings) == expected
+    assert find_again(tmp_path, cells, **{key: OTHERS[key]}) == expected
     assert f"was measured with other settings ({key}): measuring anew" in capsys.readouterr().out
     found = json.loads((tmp_path / "measured.json").read_text())
     assert found == KEPT | {key: OTHERS[key], "candidates": [], "lr": expected}
