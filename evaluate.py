@@ -52,8 +52,7 @@ CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 # paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 # confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
-# confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict;
-# ece: expected calibration error
+# confusion of images that overlap with none in training, or None; ece: expected calibration error
 Fold = namedtuple("Fold", "confusion scores train_images no_overlap file config ece", defaults=[None] * 4)
 # images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems, notes: lists of sentences;
 # split: of read_split, or None; overlaps, groups: two of the notes, or None;
@@ -263,9 +262,8 @@ def setting_note(runs):
             rows.append({key: fold.config.get(key) for key in SETTINGS})
             rows[-1][f"lr of {'/'.join(run)}"] = fold.config.get("lr")
             rows[-1][f"split of fold {k}"] = fold.config.get("split")
-    different = [key for key, values in pd.DataFrame(rows).items() if values.nunique() > 1]
-    note = f"Folds or rows used different settings, so tests may not hold: {', '.join(different)}."
-    return note if different else ""
+    names = ", ".join(key for key, values in pd.DataFrame(rows).items() if values.nunique() > 1)
+    return names and f"Folds or rows used different settings, so tests may not hold: {names}."
 
 
 # ---------------------------------------------------------------- scores
@@ -459,19 +457,15 @@ def marks(table4, comparisons):
 
 
 def tta_statements(study, comparisons):
-    """A sentence a run on test-time augmentation: macro F1 and ECE of the folds with and without it."""
-    lines = []
+    """Yield a sentence a run on test-time augmentation: macro F1 and ECE of the folds with and without it."""
     for row in comparisons[comparisons.family == "plain"].itertuples():
         folds, plain = study.runs[row.model, row.init], study.plain[row.model, row.init]
         before, after = np.mean([(plain[k].ece, folds[k].ece) for k in folds if k in plain], 0)
-        test = f"{row.low:+.3f} to {row.high:+.3f}, p {row.p_holm:.2g} by Holm"
-        test = "not testable" if np.isnan(row.p) else test
+        interval = f"{row.low:+.3f} to {row.high:+.3f}, p {row.p_holm:.2g} by Holm"
+        test = "not testable" if np.isnan(row.p) else interval
         line = f"{' '.join(paper_names(row.model, row.init))}, mean of eight views against one: macro F1 "
-        line += (
-            f"{row.difference:+.3f} ({test}), ECE (calibration) {before:.3f} without and {after:.3f} with."
-        )
-        lines.append(line)
-    return lines
+        line += f"{row.difference:+.3f} ({test}), ECE (calibration) {before:.3f} without and "
+        yield f"{line}{after:.3f} with."
 
 
 def statements(study, comparisons):
