@@ -31,7 +31,7 @@ from scipy import special
 MODELS = {"vgg19_bn": "VGG-19 BN", "resnet152": "ResNet-152", "regnet_y_32gf": "Regnet_y_32gf"}
 MODELS |= {"vit_l_32": "ViT_l_32", "resnext50_32x4d": "ResNeXt-50"}
 INITS = {"random": "Random", "imagenet": "ImageNet", "pcam": "PCam", "cd": "CD"}
-INITS |= {f"imagenet+{name}": f"ImageNet + {INITS[name]}" for name in ("pcam", "cd")}
+INITS |= {"imagenet+pcam": "ImageNet + PCam", "imagenet+cd": "ImageNet + CD"}
 CLASS_NAMES = """NGB Band neutrophils, NGS Segmented neutrophils, LYT Lymphocytes, MON Monocytes,
 EOS Eosinophils, BAS Basophils, MMZ Metamyelocytes, MYB Myelocytes, PMO Promyelocytes, BLA Blasts,
 PLM Plasma cells, KSC Smudge cells, OTH Other cells, ART Artefacts, NIF Not identifiable,
@@ -52,8 +52,7 @@ CSV = {"keep_default_na": False, "encoding_errors": "surrogateescape"}
 # paths list; labels, predictions int64 [N]; probabilities float64 [N,C]; classes list, in class_order
 Predictions = namedtuple("Predictions", "paths labels predictions probabilities classes")
 # confusion int64 [C,C], rows are labels; scores [3,C] of it; train_images NaN if unknown; no_overlap:
-# confusion of the images that overlap with no training image, or None; file: predictions.csv; config: dict;
-# ece: expected calibration error
+# confusion of images that overlap with none in training, or None; ece: expected calibration error
 Fold = namedtuple("Fold", "confusion scores train_images no_overlap file config ece", defaults=[None] * 4)
 # images int64 [C] of the data set; runs {(model, init): {fold: Fold}}; problems, notes: lists of sentences;
 # split: of read_split, or None; overlaps, groups: two of the notes, or None;
@@ -89,14 +88,13 @@ def write_file(file, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise SystemExit(
-            f"{file} can't be written: {error.strerror}; make room or name another --out"
-        ) from None
+        reason = f"{error.strerror}; make room or name another --out"
+        raise SystemExit(f"{file} can't be written: {reason}") from None
 
 
-def write_csv(file, rows):
-    """Rows: dicts of the same keys, or sequences with the header first. NaN and None become empty cells."""
-    table = pd.DataFrame(rows) if isinstance(rows[0], dict) else pd.DataFrame(rows[1:], columns=rows[0])
+def write_csv(file, table):
+    """Write a DataFrame, or rows as dicts of the same keys; NaN and None become empty cells."""
+    table = pd.DataFrame(table)
     write_file(file, table.to_csv(index=False, float_format="%.6g", lineterminator="\r\n"))
 
 
@@ -167,16 +165,13 @@ def read_overlaps(file, split):
     in_split = pairs[pairs.isin(split.index).all(axis=1)]
     first, second = (split.index.get_indexer(in_split[column]) for column in ("first", "second"))
     parts = split.drop(columns="label")
-    trained, shared = (parts == "train").to_numpy(), np.zeros(parts.shape, bool)
+    trained, tested, shared = (parts == "train").to_numpy(), parts == "test", np.zeros(parts.shape, bool)
     np.logical_or.at(shared, first, trained[second])
     np.logical_or.at(shared, second, trained[first])
-    tested = parts == "test"
     shared = tested & shared
-    note = (
-        f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training "
-        f"image of their fold ({len(in_split):,} pairs); the last columns of Table 4 omit them, "
-        "but don't measure what the overlap does: these may be harder or easier cells."
-    )
+    note = f"{shared.sum().sum():,} of {tested.sum().sum():,} test images share pixels with a training image "
+    note += f"of their fold ({len(in_split):,} pairs); the last columns of Table 4 omit them, but don't "
+    note += "measure what the overlap does: these may be harder or easier cells."
     if len(pairs) > len(in_split):
         note += f" {len(pairs) - len(in_split):,} pairs are ignored: their images are not in split.csv."
     return shared, note
@@ -192,23 +187,22 @@ def group_note(file, split):
         in_test = group[part == "test"].dropna()
         tested |= set(in_test)
         shared += in_test.isin(group[part == "train"].dropna()).sum()
-    return (
-        f"The test images are of {len(tested):,} groups ({Path(file).name}; {group.isna().sum():,} images in "
-        f"none); {shared:,} of them have an image of their group in training. Intervals over images would be "
-        "too narrow, since images of a group resemble each other."
+    note = f"The test images are of {len(tested):,} groups ({file.name}; {group.isna().sum():,} images in "
+    note += (
+        f"none); {shared:,} of them have an image of their group in training. Intervals over images would "
     )
+    return note + "be too narrow, since images of a group resemble each other."
 
 
 def read_study(runs, name="predictions.csv"):
     """Study of all finished runs; ValueError if split.csv, overlaps.csv or groups.csv is invalid."""
     split = shared = overlaps = groups = None
     classes, study, problems, left_out, empty, tested = [], {}, [], set(), set(), {}
-    if Path(runs, "split.csv").exists():
-        split = read_split(Path(runs, "split.csv"))
-        if Path(runs, "overlaps.csv").exists():
-            shared, overlaps = read_overlaps(Path(runs, "overlaps.csv"), split)
-        if Path(runs, "groups.csv").exists():
-            groups = group_note(Path(runs, "groups.csv"), split)
+    files = [Path(runs, f"{what}.csv") for what in ("split", "overlaps", "groups")]
+    if files[0].exists():
+        split = read_split(files[0])
+        shared, overlaps = read_overlaps(files[1], split) if files[1].exists() else (None, None)
+        groups = group_note(files[2], split) if files[2].exists() else None
     for run, folds in find_runs(runs, name).items():
         for k, file in folds.items():
             try:
@@ -225,10 +219,10 @@ def read_study(runs, name="predictions.csv"):
     if split is not None:
         counts = split.label.drop(list(left_out), errors="ignore").value_counts()
         images = counts.reindex(classes, fill_value=0).to_numpy()
-    notes = [overlaps, groups, setting_note(study)]
+    notes = list(filter(None, [overlaps, groups, setting_note(study)]))
     for k, c in sorted(empty):
         notes.append(f"Fold {k} has no test image of {printable(classes[c])}: left out of that class's mean.")
-    return Study(classes, images, study, problems, list(filter(None, notes)), split, overlaps, groups)
+    return Study(classes, images, study, problems, notes, split, overlaps, groups)
 
 
 def read_fold(file, k, classes, split, shared):
@@ -246,10 +240,8 @@ def read_fold(file, k, classes, split, shared):
             differs = rows.label != np.array(tested.classes, object)[tested.labels]
             differs |= rows.get(column) != "test"
             if differs.any():
-                raise ValueError(
-                    f"{differs.sum()} images are not in the test part of {column} with this label, "
-                    f"e.g. {differs.idxmax()!r}"
-                )
+                where = f"in the test part of {column} with this label, e.g. {differs.idxmax()!r}"
+                raise ValueError(f"{differs.sum()} images are not {where}")
             expected, train_images = ((split[column] == part).sum() for part in ("test", "train"))
         expected = config.get("test_images", expected)  # fewer than the split's if some can't be read
         if len(tested.paths) != expected:
@@ -270,9 +262,8 @@ def setting_note(runs):
             rows.append({key: fold.config.get(key) for key in SETTINGS})
             rows[-1][f"lr of {'/'.join(run)}"] = fold.config.get("lr")
             rows[-1][f"split of fold {k}"] = fold.config.get("split")
-    different = [key for key, values in pd.DataFrame(rows).items() if values.nunique() > 1]
-    note = f"Folds or rows used different settings, so tests may not hold: {', '.join(different)}."
-    return note if different else ""
+    names = ", ".join(key for key, values in pd.DataFrame(rows).items() if values.nunique() > 1)
+    return names and f"Folds or rows used different settings, so tests may not hold: {names}."
 
 
 # ---------------------------------------------------------------- scores
@@ -330,8 +321,7 @@ def table4_rows(study):
         folds = list(folds.values())
         mean, std = moments([fold.scores for fold in folds])
         row = {"model": model, "init": init, "folds": len(folds)}
-        for score, means, stds in zip(SCORES, mean, std):
-            row[f"{score}_mean"], row[f"{score}_std"] = moments(means)[0], moments(stds)[0]
+        row |= zip(COLUMNS, moments(np.stack([mean, std], 1).reshape(6, -1).T)[0])
         row["accuracy_mean"], row["accuracy_std"] = accuracy([fold.confusion for fold in folds])
         row["f1_fold_std"] = moments(macro_f1(folds))[1]
         row["f1_common"] = moments(mean[2, study.images >= COMMON])[0]
@@ -349,8 +339,7 @@ def table5_rows(study, model, init):
     scores, rows = np.array([fold.scores for fold in folds]), []
     for c, (name, images) in enumerate(zip(study.classes, study.images)):
         row = {"class": name, "images": images}
-        for score, values in zip(SCORES, scores[..., c].T):
-            row[f"{score}_mean"], row[f"{score}_std"] = moments(values)
+        row |= zip(COLUMNS, np.transpose(moments(scores[..., c])).flat)
         recall = scores[np.isfinite(scores[:, 1, c]), 1, c]
         ends = corrected_t_test(recall, split_ratio(folds))[1:3] if len(recall) else (np.nan, np.nan)
         row["recall_low"], row["recall_high"] = np.clip(ends, 0, 1)
@@ -366,17 +355,15 @@ def mean_confusion(folds):
 
 
 def drawable(names):
-    """{name: as a picture can show it}, escaped and cut, or its number where the font lacks a character."""
-    glyphs, texts = set(font_manager.get_font(font_manager.findfont(None)).get_charmap()), {}
-    for number, name in enumerate(names, 1):
-        text = repr(name)[1:-1][:40]
-        texts[name] = text if set(map(ord, text)) <= glyphs else f"class {number}"
-    return texts
+    """Names as a picture can show them, escaped and cut, or numbers where the font lacks a character."""
+    glyphs = font_manager.get_font(font_manager.findfont(None)).get_charmap().keys()
+    texts = [repr(name)[1:-1][:40] for name in names]
+    return [text if glyphs >= set(map(ord, text)) else f"class {i}" for i, text in enumerate(texts, 1)]
 
 
 def draw_confusion(matrix, images, classes, title):
     """PNG bytes of Fig. 4: the matrix [C,C] with its numbers, beside it each class's images, log scale."""
-    n, names, step = len(classes), list(drawable(classes).values()), -(-len(classes) // MOST_DRAWN)
+    n, names, step = len(classes), drawable(classes), -(-len(classes) // MOST_DRAWN)
     label, rows = 0.6 + 0.09 * max(map(len, names)), min(n, MOST_DRAWN)  # inches; a layout engine is slow
     width, height = label + 0.44 * rows + 2.6, label + 0.36 * rows + 0.4
     figure, bottom, high = Figure(figsize=(width, height)), label / height, 0.36 * rows / height
@@ -470,18 +457,15 @@ def marks(table4, comparisons):
 
 
 def tta_statements(study, comparisons):
-    """A sentence a run on test-time augmentation: macro F1 and ECE of the folds with and without it."""
-    lines = []
+    """Yield a sentence a run on test-time augmentation: macro F1 and ECE of the folds with and without it."""
     for row in comparisons[comparisons.family == "plain"].itertuples():
         folds, plain = study.runs[row.model, row.init], study.plain[row.model, row.init]
-        ece = np.mean([(plain[k].ece, folds[k].ece) for k in folds if k in plain], 0)
-        test = f"{row.low:+.3f} to {row.high:+.3f}, p {row.p_holm:.2g} by Holm"
-        lines.append(
-            f"{' '.join(paper_names(row.model, row.init))}, mean of eight views against one: macro F1 "
-            f"{row.difference:+.3f} ({'not testable' if np.isnan(row.p) else test}), ECE (calibration) "
-            f"{ece[0]:.3f} without and {ece[1]:.3f} with."
-        )
-    return lines
+        before, after = np.mean([(plain[k].ece, folds[k].ece) for k in folds if k in plain], 0)
+        interval = f"{row.low:+.3f} to {row.high:+.3f}, p {row.p_holm:.2g} by Holm"
+        test = "not testable" if np.isnan(row.p) else interval
+        line = f"{' '.join(paper_names(row.model, row.init))}, mean of eight views against one: macro F1 "
+        line += f"{row.difference:+.3f} ({test}), ECE (calibration) {before:.3f} without and "
+        yield f"{line}{after:.3f} with."
 
 
 def statements(study, comparisons):
@@ -495,30 +479,23 @@ def statements(study, comparisons):
     tested = comparisons.dropna(subset="p")
     best, imagenet = (tested[tested.family == family] for family in ("best", "imagenet"))
     if len(best):
-        lines.append(
-            "* best F1 of the rows with the most folds; = not significantly different from the best; > "
-            "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
-            f"F1 over the folds, Holm over {len(best)} rows, level {LEVEL})."
-        )
+        line = "* best F1 of the rows with the most folds; = not significantly different from the best; > "
+        line += "significantly better, in fewer folds; ? not testable (corrected resampled t-test of macro "
+        lines.append(f"{line}F1 over the folds, Holm over {len(best)} rows, level {LEVEL}).")
     if len(imagenet):
-        different = [
-            f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}"
-            for row in imagenet[imagenet.p_holm < LEVEL].itertuples()
-        ]
-        lines.append(
-            f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
-            f"{', '.join(different) or 'none'}."
-        )
+        rows = imagenet[imagenet.p_holm < LEVEL].itertuples()
+        names = [f"{' '.join(paper_names(row.model, row.init))} {row.difference:+.3f}" for row in rows]
+        line = f"Significantly different from ImageNet of the same model (Holm over {len(imagenet)}): "
+        lines.append(f"{line}{', '.join(names) or 'none'}.")
     if len(comparisons):
-        lines.append(
-            "The p-values hold for each row's one pre-training and one learning rate, and don't "
-            "correct for choosing the best by the same scores."
+        line = (
+            "The p-values hold for each row's one pre-training and one learning rate, and don't correct for "
         )
-    lines.append(
-        "Unless the split keeps patients apart, scores and intervals are of further cells of these "
-        "patients, and too high for those of new ones."
+        lines.append(f"{line}choosing the best by the same scores.")
+    line = (
+        "Unless the split keeps patients apart, scores and intervals are of further cells of these patients, "
     )
-    return lines + study.notes
+    return [*lines, f"{line}and too high for those of new ones.", *study.notes]
 
 
 # ---------------------------------------------------------------- text
@@ -537,9 +514,9 @@ def mean_std(mean, std=np.nan):
     return "" if np.isnan(mean) else f"{mean:.3f}" if np.isnan(std) else f"{mean:.3f} ± {std:.3f}"
 
 
-def aligned(header, rows):
-    """A table of str cells as aligned text, which is Markdown too."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+def aligned(rows):
+    """Rows of str cells, the header first, as aligned text that is Markdown too."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
@@ -567,7 +544,7 @@ def text_rows(rows, published=()):
 def table_text(rows):
     """Rows of Table 4 or 5 as Markdown."""
     table = text_rows(rows)
-    return aligned(list(table[0]), [cells.values() for cells in table])
+    return aligned([table[0], *(cells.values() for cells in table)])
 
 
 def read_table4(file):
@@ -582,7 +559,8 @@ def read_table4(file):
 
 def compare_text(table4, published):
     """Our means, those of read_table4 and the differences, as aligned text; none from a quoted row."""
-    ours, rows = {(row["model"], row["init"]): row for row in table4}, []
+    ours = {(row["model"], row["init"]): row for row in table4}
+    rows = ["model init precision theirs diff. recall theirs diff. f1 theirs diff.".split()]
     for run in run_order({*ours, *published}):
         row, other, cells = ours.get(run, {}), published.get(run, {}), paper_names(*run)
         quoted = run[0] == "resnext50_32x4d" and other and "folds" not in other  # folds: of our own files
@@ -591,11 +569,8 @@ def compare_text(table4, published):
             difference = "" if np.isnan(mean - other_mean) else f"{mean - other_mean:+.3f}"
             cells += [mean_std(mean), mean_std(other_mean), "quoted" if quoted else difference]
         rows.append(cells)
-    header = ["model", "init"]
-    for score in SCORES:
-        header += [score, "theirs", "diff."]
-    text = aligned(header, rows)
     note = "\nquoted: from Matek et al. (2021), who trained and averaged differently; no difference.\n"
+    text = aligned(rows)
     return text + note * ("quoted" in text)
 
 
@@ -609,30 +584,34 @@ def write_tables(study, results):
     write_csv(results / "table4.csv", table4)
     write_file(results / "table4.md", text)
     if len(comparisons):
-        write_csv(results / "comparisons.csv", comparisons.to_dict("records"))
+        write_csv(results / "comparisons.csv", comparisons)
     for run, folds in study.runs.items():
         name, table5, matrix = "_".join(run), table5_rows(study, *run), mean_confusion(folds.values())
         write_csv(results / f"table5_{name}.csv", table5)
         write_file(results / f"table5_{name}.md", table_text(table5))
-        rows = [[label, *row] for label, row in zip(study.classes, matrix)]
-        write_csv(results / f"confusion_{name}.csv", [["class", *study.classes], *rows])
+        table = pd.DataFrame(matrix, study.classes, study.classes).rename_axis("class")
+        write_csv(results / f"confusion_{name}.csv", table.reset_index(allow_duplicates=True))
         title = f"{', '.join(paper_names(*run))} (mean of {len(folds)} fold{'s' * (len(folds) > 1)})"
-        picture = draw_confusion(matrix, study.images, study.classes, title)
-        write_file(results / f"confusion_{name}.png", picture)
+        png = draw_confusion(matrix, study.images, study.classes, title)
+        write_file(results / f"confusion_{name}.png", png)
     return table4, text
 
 
+def prepare_terminal():
+    """Ctrl-C and `| head` end a script without a traceback; what the terminal can't show is escaped."""
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Windows has no SIGPIPE
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    prepare_terminal()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default="runs", help="folder that holds train/ and split.csv")
     parser.add_argument("--out", type=Path, help="folder for the tables; default: results in --runs")
     parser.add_argument("--compare", metavar="TABLE4.CSV", help="print these numbers beside ours")
     parser.add_argument("--tta", action="store_true", help="of predictions_tta.csv, into results/tta")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
     name = "predictions_tta.csv" if args.tta else "predictions.csv"
     try:
         published = read_table4(args.compare) if args.compare else None

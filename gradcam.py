@@ -97,12 +97,9 @@ def best_run(runs):
     file = runs / "results" / "table4.csv"
     if not file.exists():
         raise SystemExit(f"{file}: no such file; first run evaluate.py, or name --model and --init")
-    try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
-        best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
-        return best["model"], best["init"]
-    except (KeyError, ValueError) as error:
-        raise SystemExit(f"{file}: no Table 4 ({error}); run evaluate.py again") from None
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+    best = max(rows, key=lambda row: (int(row["folds"]), float(row["f1_mean"] or 0)))
+    return best["model"], best["init"]
 
 
 def read_run(folder):
@@ -126,10 +123,14 @@ def read_run(folder):
     return classes, cells
 
 
-def find_data(fold):
-    """The folder, pattern or table that a fold was trained on."""
-    config = datasets.read_json(fold / "config.json")
-    return config.get("source") or config["root"]
+def open_images(data, fold, paths):
+    """Cells of data, or else of what fold was trained on; SystemExit if one of paths is not there."""
+    config = {} if data else datasets.read_json(fold / "config.json")
+    images = datasets.open_dataset(data or config.get("source") or config["root"])
+    missing = set(paths).difference(images.paths)
+    if missing:
+        raise SystemExit(f"{images.root}: no test image {min(missing)!r}; see --data")
+    return images
 
 
 def choose(cells, count):
@@ -147,10 +148,7 @@ def add_heatmaps(cells, classes, data, device):
         jobs += [(cell, cell["label"]) for cell, label in jobs if cell["label"] != label]
         for start in range(0, len(jobs), BATCH_SIZE):
             batch = jobs[start : start + BATCH_SIZE]
-            try:
-                images = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in batch]
-            except (KeyError, ValueError) as error:
-                raise SystemExit(f"{data.root}: no test image {error}; see --data") from None
+            images = [read_cell(data, info["image_size"], place[cell["path"]]) for cell, _ in batch]
             inputs = batch_for(info, images, device)
             maps = heatmaps(net.to(device), inputs, [classes.index(label) for _, label in batch])
             side = layer_for(net, inputs)[1]
@@ -160,28 +158,28 @@ def add_heatmaps(cells, classes, data, device):
 
 
 def drawable(names):
-    """{name: as a picture can show it}, escaped and cut, or its number where the font lacks a character."""
-    glyphs, texts = set(font_manager.get_font(font_manager.findfont(None)).get_charmap()), {}
-    for number, name in enumerate(names, 1):
-        text = repr(name)[1:-1][:40]
-        texts[name] = text if set(map(ord, text)) <= glyphs else f"class {number}"
-    return texts
+    """Names as a picture can show them, escaped and cut, or numbers where the font lacks a character."""
+    glyphs = font_manager.get_font(font_manager.findfont(None)).get_charmap().keys()
+    texts = [repr(name)[1:-1][:40] for name in names]
+    return [text if glyphs >= set(map(ord, text)) else f"class {i}" for i, text in enumerate(texts, 1)]
 
 
 @rc_context({"text.parse_math": False})  # a $ in a file name is no formula
-def draw_figure(file, title, classes, right, wrong):
+def draw_figure(file, label, row, classes, right, wrong):
     """A class's figure; right and wrong are (heading, cells), wrong ones with two heatmaps each."""
-    names, side = drawable(classes), (right[1] + wrong[1])[0]["side"]
+    names, side = dict(zip(classes, drawable(classes))), (right[1] + wrong[1])[0]["side"]
     rows = [-(-len(right[1]) * 2 // ACROSS), -(-len(wrong[1]) * 3 // ACROSS)]
     figure = Figure(figsize=(15, 2.4 + 2.7 * sum(rows)), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle(f"{names[label]}   ({', '.join(row)})", fontsize=15)
     figure.supxlabel(NOTE.format(side, COARSE if side < LEAST_GRID else ""), fontsize=9)
     halves = figure.subfigures(2, 1, height_ratios=[row or 0.2 for row in rows], hspace=0.02)
     for half, columns, row, (heading, cells) in zip(halves, (2, 3), rows, (right, wrong)):
         half.suptitle(heading, fontsize=12)
-        axes = half.subplots(row, ACROSS).flat if row else []
-        for axis in axes:
-            axis.set_axis_off()
+        axes = (
+            half.subplots(row, ACROSS, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()}).flat
+            if row
+            else []
+        )
         for i, cell in enumerate(cells):
             first, *others = axes[i * columns : (i + 1) * columns]
             name = pathlib.PurePath(cell["path"]).name[-30:].encode("ascii", "replace").decode()
@@ -189,11 +187,10 @@ def draw_figure(file, title, classes, right, wrong):
             first.set_title(f"{name}\n{cell['fold'].name}, true class: {names[cell['label']]}", fontsize=8)
             for axis, (label, heatmap) in zip(others, cell["heatmaps"].items()):
                 kind = "predicted" if label == cell["prediction"] else "true"
-                p = f"{cell['p'][classes.index(label)]:.1%}" + (
-                    "" if heatmap.any() else "\n(the map is empty)"
-                )
+                empty = "" if heatmap.any() else "\n(the map is empty)"
+                p = cell["p"][classes.index(label)]
                 axis.imshow(overlay(cell["picture"], heatmap))
-                axis.set_title(f"{kind}: {names[label]}, {p}", fontsize=8)
+                axis.set_title(f"{kind}: {names[label]}, {p:.1%}{empty}", fontsize=8)
     with datasets.open_atomic(file) as handle:
         figure.savefig(handle, format="png")
 
@@ -204,10 +201,9 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
     chosen = {cell["path"]: cell["label"] for cell in cells if cell["path"] in paths}
     unknown = [*set(labels).difference(classes), *set(paths).difference(chosen)]
     if unknown:
-        reason = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
-        raise SystemExit(f"{unknown[0]}: {reason}")
+        known = f"no class ({', '.join(classes)}), no tested image (e.g. {cells[0]['path']})"
+        raise SystemExit(f"{unknown[0]}: {known}")
     labels = labels or sorted(set(chosen.values())) or [c for c in FIGURES if c in classes] or classes[:2]
-    data = data or find_data(cells[0]["fold"])
     figures, shown = {label: [] for label in labels}, []
     for label, halves in figures.items():
         of_class = [cell for cell in cells if cell["label"] == label]
@@ -221,13 +217,14 @@ def draw_classes(runs, model, init, data, labels, paths, count, device):
             shown += drawn
             if len(drawn) == MOST < min(len(picked), len(paths) or count):
                 print(f"{label}, {name.lower()}: {MOST} of {len(picked)} shown, the most that a figure holds")
-    add_heatmaps(shown, classes, datasets.open_dataset(data), device)
+    images = open_images(data, cells[0]["fold"], [cell["path"] for cell in shown])
+    add_heatmaps(shown, classes, images, device)
     for label, (right, wrong) in figures.items():
         if not right[1] + wrong[1]:
             print(f"{label}: no test cell in the finished folds, no figure")
             continue
         file = runs / "results" / f"gradcam_{model}_{init}_{label}.png"
-        draw_figure(file, f"{drawable(classes)[label]}   ({model}, {init})", classes, right, wrong)
+        draw_figure(file, label, (model, init), classes, right, wrong)
         print(file)
 
 

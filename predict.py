@@ -18,10 +18,9 @@ import hashlib
 import itertools
 import os
 import pathlib
-import signal
-import sys
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import image
 from tqdm import tqdm
@@ -68,14 +67,16 @@ def correct(p, ratio):
     return p / p.sum(1, keepdims=True)
 
 
-def make_study(model, classes, labels, p, ratio, prior):
-    """evaluate's Study of labels int [N] and p [N,C]: rows as trained and, if another, for the prior."""
+def write_scores(out, model, classes, labels, p, ratio, prior):
+    """Print the scores of labels int [N] and p [N,C], as trained and for the prior; its tables to out."""
     runs = {}
     for name, probabilities in {"uniform": p, prior: correct(p, ratio)}.items():
         confusion = evaluate.count_confusion(labels, probabilities.argmax(1), len(classes))
         fold = evaluate.Fold(confusion, evaluate.confusion_scores(confusion), np.nan)
         runs[model, f"prior_{pathlib.Path(name).stem}"] = {0: fold}
-    return evaluate.Study(classes, confusion.sum(1), runs, [], [])
+    study = evaluate.Study(classes, confusion.sum(1), runs, [], [])
+    print(evaluate.table_text(evaluate.table4_rows(study)))
+    evaluate.write_tables(study._replace(runs=dict([runs.popitem()])), out)
 
 
 # ---------------------------------------------------------------- new images
@@ -88,7 +89,8 @@ def find_images(images, out):
         return images.parent, [images.name], [], {}
     if not images.is_dir():
         root, rows, notes = layouts.read_rows(str(images))
-        print(*notes, sep="\n", end="\n" * bool(notes))
+        for note in notes:
+            print(note)
         return pathlib.Path(root), sorted(rows), [], rows
     ours = f"{os.path.relpath(out.resolve(), images.resolve())}/"  # pictures of an earlier call
     if ours == "./":
@@ -130,21 +132,11 @@ def trained_on(checkpoints, infos, cells, digests):
     return seen
 
 
-def folder_labels(paths, names, rows):
-    """(class or "", smear) of paths: by the first folder in names {folder: class}; the folders above that.
-
-    Where a pattern or a table says so (rows), the class is that of its label, the smear its group.
-    """
-    labels = []
-    for path in paths:
-        if rows:
-            labels.append((names.get(rows[path].get("class"), ""), rows[path].get("group") or "."))
-            continue
-        folders = path.split("/")[:-1]
-        level = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
-        label = names[folders[level]] if level < len(folders) else ""
-        labels.append((label, "/".join(folders[:level]) or "."))
-    return labels
+def folder_fields(path, names):
+    """Fields of a path as a table would give them: the first folder in names, and the folders above that."""
+    folders = path.split("/")[:-1]
+    level = next((i for i, folder in enumerate(folders) if folder in names), len(folders))
+    return {"class": "".join(folders[level : level + 1]), "group": "/".join(folders[:level])}
 
 
 def heatmap_file(folder, path):
@@ -193,15 +185,13 @@ def predict_images(nets, infos, cells, device, tta=False, maps=None, ratio=1):
 
 
 def differential(smears, predicted, classes):
-    """Rows smear, class, cells, percent, low, high, of; low and high: Wilson's 95% interval of percent."""
-    rows = [["smear", "class", "cells", "percent", "low", "high", "of"]]
-    counts = collections.Counter(zip(smears, predicted))
-    for smear, total in sorted(collections.Counter(smears).items()):
-        for label in classes:
-            number = counts[smear, label]
-            shares = number / total, *evaluate.wilson(number, total)
-            rows.append([smear, label, number, *(f"{100 * share:.2f}" for share in shares), total])
-    return rows
+    """DataFrame smear, class, cells, percent, low, high, of; low, high: Wilson's 95% interval of percent."""
+    table = pd.crosstab(pd.Series(smears, name="smear"), pd.Series(predicted, name="class"))
+    table = table.reindex(columns=classes, fill_value=0).stack().rename("cells").reset_index()
+    of = table.groupby("smear").cells.transform("sum")
+    for name, share in zip(("percent", "low", "high"), (table.cells / of, *evaluate.wilson(table.cells, of))):
+        table[name] = np.char.mod("%.2f", 100 * share)
+    return table.assign(of=of)
 
 
 def load_networks(checkpoints):
@@ -225,6 +215,12 @@ def read_cells(folder, paths, unread):
     return cells.subset([not why for why in whys]), list(filter(None, digests)), left_out
 
 
+def write_predictions(file, columns, p, classes):
+    """A CSV file of columns {name: values [N]} and the probabilities [N,C] in seven digits."""
+    text = pd.DataFrame(np.char.mod("%.7g", p), columns=[f"p_{label}" for label in classes])
+    evaluate.write_csv(file, pd.concat([pd.DataFrame(columns), text], axis=1))
+
+
 def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
     """Predictions, heatmaps (if maps is true), differential counts and scores of images (Path), into out."""
     *in_folder, rows = find_images(images, out)
@@ -241,23 +237,21 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
     p = predict_images(nets, infos, cells, device, tta, out / "heatmaps" if maps else None, ratio)
     seen = trained_on(checkpoints, infos, cells, digests)
     left_out += [(path, "not scored: a checkpoint was trained or chosen on it") for path in sorted(seen)]
-    evaluate.write_csv(out / "left_out.csv", [("path", "why"), *left_out])
+    evaluate.write_csv(out / "left_out.csv", pd.DataFrame(left_out, columns=["path", "why"]))
     final = correct(p, ratio)
-    predicted = [classes[i] for i in final.argmax(1)]
-    table = [["path", "prediction", "confidence", *(f"p_{label}" for label in classes)]]
-    for path, label, row in zip(cells.paths, predicted, final):
-        table.append([path, label, *(f"{value:.7g}" for value in (row.max(), *row))])
-    evaluate.write_csv(out / "predictions.csv", table)
-    labels, smears = zip(*folder_labels(cells.paths, names, rows))
+    predicted = np.array(classes, object)[final.argmax(1)]
+    columns = {"path": cells.paths, "prediction": predicted, "confidence": np.char.mod("%.7g", final.max(1))}
+    write_predictions(out / "predictions.csv", columns, final, classes)
+    fields = [rows[path] if rows else folder_fields(path, names) for path in cells.paths]
+    smears = [field.get("group") or "." for field in fields]
     evaluate.write_csv(out / "differential.csv", differential(smears, predicted, classes))
     for path, why in left_out[:10]:
         print(f"{path}: {why}")
+    labels = [names.get(field.get("class"), "") for field in fields]
     scored = [i for i, label in enumerate(labels) if label and cells.paths[i] not in seen]
     if scored:
         truth = np.array([classes.index(labels[i]) for i in scored])
-        study = make_study(infos[0]["model"], classes, truth, p[scored], ratio, prior)
-        print(evaluate.table_text(evaluate.table4_rows(study)))
-        evaluate.write_tables(study._replace(runs=dict([study.runs.popitem()])), out)  # the prior's
+        write_scores(out, infos[0]["model"], classes, truth, p[scored], ratio, prior)
     elif any(labels):
         print("no scores: a checkpoint was trained on all images of known class")
     else:
@@ -270,27 +264,20 @@ def predict_folder(checkpoints, images, out, mapping, prior, device, maps, tta):
 def predict_run(folder, data, device):
     """Write predictions_tta.csv of a run's finished folds: their own test images, networks as they are."""
     _, tested = gradcam.read_run(folder)
-    data = datasets.open_dataset(data or gradcam.find_data(tested[0]["fold"]))
+    data = gradcam.open_images(data, tested[0]["fold"], [cell["path"] for cell in tested])
     place = {path: i for i, path in enumerate(data.paths)}
-    for fold in sorted({cell["fold"] for cell in tested}):
+    for fold, cells in pd.DataFrame(tested).groupby("fold"):
         net, info = models.load_checkpoint(fold / "best.pt")
-        cells, classes = [cell for cell in tested if cell["fold"] == fold], info["classes"]
-        try:
-            images = data.subset([place[cell["path"]] for cell in cells])
-        except KeyError as error:
-            raise SystemExit(f"{data.root}: no test image {error} of {fold}; see --data") from None
+        classes = np.array(info["classes"], object)
+        images = data.subset(cells.path.map(place).to_numpy())
         p = predict_images([net.to(device)], [info], images, device, tta=True)
-        rows = [["path", "label", "prediction", *(f"p_{label}" for label in classes)]]
-        for cell, row in zip(cells, p):
-            values = [f"{value:.7g}" for value in row]
-            rows.append([cell["path"], cell["label"], classes[row.argmax()], *values])
-        evaluate.write_csv(fold / "predictions_tta.csv", rows)
+        columns = {"path": images.paths, "label": list(cells.label), "prediction": classes[p.argmax(1)]}
+        write_predictions(fold / "predictions_tta.csv", columns, p, classes)
         print(fold / "predictions_tta.csv")
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    evaluate.prepare_terminal()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", help="best.pt of one or more networks, which are averaged")
     parser.add_argument("--images", type=pathlib.Path, help="folder of new images, or one image")
@@ -305,7 +292,6 @@ def main():
     parser.add_argument("--data", help="its images; default: where the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
     device = gradcam.find_device(parser, args.device)
     try:
         if args.checkpoint and args.images and args.out and not args.model:

@@ -13,8 +13,6 @@ import io
 import itertools
 import json
 import pathlib
-import signal
-import sys
 import time
 from collections import Counter, namedtuple
 
@@ -75,8 +73,8 @@ def reliability(confidence, right, bins=BINS):
     groups = table.groupby(pd.cut(table.confidence, edges, include_lowest=True), observed=False)
     images, means = groups.size().to_numpy(), groups.mean().reset_index(drop=True)
     gap = (images * abs(means.confidence - means.right)).sum() / images.sum()
-    columns = {"images": images, "confidence": means.confidence, "share_right": means.right, "ece": gap}
-    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **columns})
+    limits = {"low": edges[:-1], "high": edges[1:], "images": images}
+    return pd.DataFrame(limits | {"confidence": means.confidence, "share_right": means.right, "ece": gap})
 
 
 def sensitivity_at(scores, positive, specificity):
@@ -217,8 +215,8 @@ def coverage_rows(folds, classes):
         recall = evaluate.per_class_scores(labels[kept], predictions[kept], classes)[1]
         row = {"variant": variant, "planned": share, "handed_over": 1 - kept.mean()}
         row["accuracy"] = evaluate.moments((labels == predictions)[kept])[0]
-        row["macro_recall"] = evaluate.moments(recall)[0]
-        rows.append(row | {"classes_left": np.isfinite(recall).sum()})
+        row |= {"macro_recall": evaluate.moments(recall)[0], "classes_left": np.isfinite(recall).sum()}
+        rows.append(row)
     return rows
 
 
@@ -307,20 +305,18 @@ def progress(runs):
 
 
 def failures(runs):
-    """[(log, its last line)] of the jobs of run_all.sh that failed and have not succeeded since."""
-    rows = []
+    """(log, its last line) of each of the jobs of run_all.sh that failed and have not succeeded since."""
     for failed in sorted(runs.glob("logs/*.failed")):
         log = failed.with_suffix(".log")
         text = log.read_text(errors="replace") if log.exists() else "it left no log"
-        rows.append((log, text.rstrip().split("\n")[-1][:300]))
-    return rows
+        yield log, text.rstrip().split("\n")[-1][:300]
 
 
 # ---------------------------------------------------------------- what the page shows
 def add_intervals(study, table4):
     """Add f1_low, f1_high to Table 4: macro F1's 95% interval by the corrected t-test; NaN for one fold."""
     for row in table4:
-        folds = list(study.runs[row["model"], row["init"]].values())
+        folds = study.runs[row["model"], row["init"]].values()
         ends = evaluate.corrected_t_test(evaluate.macro_f1(folds), evaluate.split_ratio(folds))[1:3]
         row["f1_low"], row["f1_high"] = np.clip(ends, 0, 1)
 
@@ -335,20 +331,18 @@ def of_scores(study, run, table4):
     f1 = pd.DataFrame([*table4, *(paper4[name] for name in study.runs if name in paper4)])
     f1 = 10 * f1[["f1_mean", "f1_low", "f1_high"]].stack()
     low = max(0, np.ceil(f1.min() - 1))
+    axis = low / 10, max(low + 1, np.ceil(f1.max())) / 10
     comparisons = evaluate.comparison_rows(study, table4)
     matrix = evaluate.mean_confusion(study.runs[run].values())
     off = pd.DataFrame(matrix * (1 - np.eye(len(matrix))), classes, classes).stack().nlargest(8)
-    return {
-        "signs": evaluate.marks(table4, comparisons),
-        "best": evaluate.best_run(table4),
-        "paper4": paper4,
-        "axis": (low / 10, max(low + 1, np.ceil(f1.max())) / 10),
-        "paper5": paper5,
-        "statements": evaluate.statements(study, comparisons),
-        "table5": evaluate.table5_rows(study, *run),
-        "confused": [f"{share:.0%} of {label} as {name}" for (label, name), share in off.items() if share],
-        "confusion": inline(evaluate.draw_confusion(matrix, study.images, classes, title(*run))),
-    }
+    values = {"table4": table4, "paper4": paper4, "paper5": paper5, "best": evaluate.best_run(table4)}
+    values |= {"table5": evaluate.table5_rows(study, *run), "signs": evaluate.marks(table4, comparisons)}
+    values |= {"axis": axis, "statements": evaluate.statements(study, comparisons)}
+    values["confused"] = [
+        f"{share:.0%} of {label} as {name}" for (label, name), share in off.items() if share
+    ]
+    png = evaluate.draw_confusion(matrix, study.images, classes, title(*run))
+    return values | {"confusion": inline(png)}
 
 
 def of_probabilities(study, run, tested, results):
@@ -374,12 +368,9 @@ def of_training(folder, folds, results):
     rates = {f"{rate:.2g}: mean recall {score:.3f}": rate for rate, score in measured.get("candidates") or ()}
     if "lr" in measured:
         rates[f"chosen: {measured['lr']:.2g}"] = measured["lr"]
-    return {
-        "curves": pd.concat(logs, names=["fold"]) if logs else None,
-        "rates": rates,
-        "tried": read(folder / "lr_range.csv"),
-        "heatmaps": sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png")),
-    }
+    heatmaps = sorted(results.glob(f"gradcam_{folder.parent.name}_{folder.name}_*.png"))
+    curves, tried = pd.concat(logs, names=["fold"]) if logs else None, read(folder / "lr_range.csv")
+    return {"curves": curves, "rates": rates, "tried": tried, "heatmaps": heatmaps}
 
 
 def of_overlaps(study, runs, fingerprint):
@@ -424,12 +415,12 @@ def of_run(study, run, table4, runs, results, data):
     """All that the page shows of one row of Table 4; writes its CSV files."""
     tested = {k: evaluate.read_predictions(fold.file) for k, fold in study.runs[run].items()}
     config = study.runs[run][min(tested)].config
-    values = {"shown": run, "config": config, "table4": table4} | of_scores(study, run, table4)
+    values = {"shown": run, "config": config} | of_scores(study, run, table4)
     values |= of_probabilities(study, run, tested, results)
     values |= of_training(runs / "train" / run[0] / run[1], tested, runs / "results")
     values |= of_overlaps(study, runs, config.get("data"))
     issues = label_issues(study, run, tested, values["contradicted"])
-    evaluate.write_csv(results / "label_issues.csv", [list(issues), *issues.to_numpy().tolist()])
+    evaluate.write_csv(results / "label_issues.csv", issues)
     flagged = ((issues.flagged == "yes") & (issues.kind == "prediction")).sum()
     first = issues.sort_values("flagged", key=lambda flags: flags != "yes", kind="stable")[:GALLERY]
     # the class folders may lie deeper than data (BM as unpacked, crops of a COCO set); config.json knows
@@ -438,10 +429,7 @@ def of_run(study, run, table4, runs, results, data):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    evaluate.prepare_terminal()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, default="runs", help="holds train/ and split.csv")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the page; default: results in --runs")

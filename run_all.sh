@@ -112,8 +112,8 @@ progress() {  # how many runs are done, and how long the others will take, by th
     }
     END {
       for (k in more) time += more[k] * (count[k] ? sum[k] / count[k] : all / (done + !done))
-      printf "%d runs done, %d to go", done, others
       time = (time - begun) / slots
+      printf "%d runs done, %d to go", done, others
       if (time > 0) printf ", about %d h %02d min", time / 3600, time / 60 % 60 }'
 }
 
@@ -159,15 +159,12 @@ stop() {  # end what this shell started; each run keeps its last checkpoint
 }
 
 work() {  # one worker of GPU $1: takes the first job that can be done, until nothing is left
-  local now job status
+  local now job
   trap "" INT; trap "stop; exit 143" TERM              # Ctrl-C reaches run_all.sh, which sends TERM
   while now=$(states | grep '^todo\|^running'); do
     job=$(grep -m 1 '^todo' <<< "$now") || { sleep 5 & wait $!; continue; }
-    run_job "$1" "${job#todo }"; status=$?
-    if [ $status = 0 ]; then [ "$demo" ] || refresh &
-    elif [ $status = 75 ]; then :
-    elif [ $status = 2 ]; then kill -USR1 $$; break    # wrong arguments: the same for every job
-    fi
+    run_job "$1" "${job#todo }"
+    case $? in 0) [ "$demo" ] || refresh & ;; 2) kill -USR1 $$; break ;; esac    # 2: wrong arguments, for every job
   done
   wait
 }
@@ -219,9 +216,8 @@ if [ $mode = task ]; then
   exit 0                                               # whatever became of the tables
 fi
 
-if ! left > /dev/null && [ -f "$page" ] && [ ! "$(find "$RUNS" -name predictions.csv -newer "$page")" ]; then
-  echo "Nothing left to do: see $page"; exit
-fi
+left > /dev/null || [ ! -f "$page" ] || [ "$(find "$RUNS" -name predictions.csv -newer "$page")" ] ||
+  { echo "Nothing left to do: see $page"; exit; }
 [[ -e $TARGET || $TARGET = *[*{]* ]] || fail 1 "$TARGET is missing (DATA, TARGET; README); --demo draws its cells"
 [ -f "$RUNS/split.csv" ] || python "${here}splits.py" --data "$TARGET" --out "$RUNS/split.csv" > /dev/null || exit
 FOLDS=${asked:-$(split_folds)}
@@ -265,5 +261,5 @@ done
 trap - INT TERM
 export CUDA_VISIBLE_DEVICES=${gpus[0]#cpu}
 results heatmaps; status=$?
-if left >&2; then say "not done: the above; see $logs"; exit 1; fi
+! left >&2 || fail 1 "not done: the above; see $logs"
 exit $status

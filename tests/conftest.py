@@ -41,6 +41,21 @@ def read_rows(file):
         return list(csv.DictReader(handle))
 
 
+def call(script, *args):
+    """Run the main() of an imported script with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+        script.main()
+
+
+def refused(script, *args):
+    """The one line with which a script's main() refuses these arguments."""
+    with pytest.raises(SystemExit) as caught:
+        call(script, *args)
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code, caught.value.code
+    return caught.value.code
+
+
 def read_log(folder):
     """log.csv without its two columns of time."""
     rows = read_rows(folder / "log.csv")

@@ -57,9 +57,8 @@ def test_a_known_temperature_is_found(known):
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(4), 30000)
     labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
-    assert report.fit_temperature(report.posterior(p, temperature=1 / known), labels) == pytest.approx(
-        known, rel=0.03
-    )
+    found = report.fit_temperature(report.posterior(p, temperature=1 / known), labels)
+    assert found == pytest.approx(known, rel=0.03)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -74,9 +73,8 @@ def test_the_temperature_is_the_optimum_of_the_likelihood(corrected):
         return -np.log(weights[np.arange(len(labels)), labels] / weights.sum(1)).mean()
 
     best = optimize.minimize(loss, [1.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x[0]
-    assert report.fit_temperature(sharp, labels, frequencies if corrected else None) == pytest.approx(
-        best, rel=1e-3
-    )
+    found = report.fit_temperature(sharp, labels, frequencies if corrected else None)
+    assert found == pytest.approx(best, rel=1e-3)
     assert not corrected or best == pytest.approx(3, rel=0.15)
 
 
@@ -119,14 +117,8 @@ def coverage_by_hand():
     0.75."""
     val = np.array([[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9]])
     test = np.array([[0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.85, 0.15]])
-    labels = np.array([0, 1, 1, 1])
-    return report.Fold(
-        labels,
-        dict.fromkeys(report.PLAIN, test),
-        np.array([0, 0, 1, 1]),
-        dict.fromkeys(report.PLAIN, val),
-        {},
-    )
+    test, val = dict.fromkeys(report.PLAIN, test), dict.fromkeys(report.PLAIN, val)
+    return report.Fold(np.array([0, 1, 1, 1]), test, np.array([0, 0, 1, 1]), val, {})
 
 
 def test_risk_and_coverage_by_hand():
@@ -155,9 +147,8 @@ def test_sensitivity_agrees_with_the_roc_curve():
     scores = np.round(rng.normal(positive * 2.0, 1), 2)
     for specificity in report.SPECIFICITIES:
         false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
-        assert report.sensitivity_at(scores, positive, specificity)[0] == pytest.approx(
-            true[false <= 1 - specificity + 1e-12].max()
-        )
+        expected = pytest.approx(true[false <= 1 - specificity + 1e-12].max())
+        assert report.sensitivity_at(scores, positive, specificity)[0] == expected
 
 
 def test_pr_auc_is_the_step_sum_under_the_curve():
@@ -180,22 +171,13 @@ def test_scores_of_all_classes_agree_with_scikit_learn():
     labels = np.concatenate([rng.integers(0, 8, 400), np.arange(8)])
     p = report.posterior(rng.dirichlet(np.ones(8), len(labels)) + 0.3 * np.eye(8)[labels])
     fold = report.Fold(labels, dict.fromkeys(report.PLAIN, p), None, None, {})
-    rows = {
-        row["score"]: row["mean"]
-        for row in report.score_rows([fold], np.bincount(labels))
-        if row["variant"] == "as trained"
-    }
-    guess = p.argmax(1)
-    for average in ("macro", "weighted"):
+    table, guess = report.score_rows([fold], np.bincount(labels)), p.argmax(1)
+    rows = {row["score"]: row["mean"] for row in table if row["variant"] == "as trained"}
+    recalls = {"macro": "macro recall (balanced accuracy)", "weighted": "accuracy (weighted recall)"}
+    for average, recall in recalls.items():
         theirs = metrics.precision_recall_fscore_support(labels, guess, average=average)[:3]
-        names = [
-            f"{average} precision",
-            "macro recall (balanced accuracy)" if average == "macro" else "accuracy (weighted recall)",
-            f"{average} F1",
-        ]
+        names = f"{average} precision", recall, f"{average} F1"
         assert [rows[name] for name in names] == pytest.approx(theirs)
-    assert rows["macro recall (balanced accuracy)"] == pytest.approx(
-        metrics.balanced_accuracy_score(labels, guess)
-    )
+    assert rows[recalls["macro"]] == pytest.approx(metrics.balanced_accuracy_score(labels, guess))
     assert rows["accuracy (weighted recall)"] == pytest.approx(metrics.accuracy_score(labels, guess))
     assert rows["top-2 accuracy"] == pytest.approx(metrics.top_k_accuracy_score(labels, p, k=2))

@@ -1,14 +1,13 @@
 """Heatmaps lie where the object is, figures come from the fold that tested a cell."""
 
-import csv
 import math
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import call, read_rows, refused
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -84,12 +83,9 @@ def patches_alike(net, image):
             for parameter in (*block.self_attention.out_proj.parameters(), *block.mlp[3].parameters()):
                 parameter.zero_()
         last.self_attention.in_proj_weight[: 2 * width] = 0  # no patch attracts more attention than another
-        last.self_attention.in_proj_weight[2 * width :] = last.self_attention.out_proj.weight[:] = torch.eye(
-            width
-        )
-        hook = last.ln_1.register_forward_hook(
-            lambda module, inputs, output: features.append(output[0, 1:].mean(0))
-        )
+        last.self_attention.in_proj_weight[2 * width :] = torch.eye(width)
+        last.self_attention.out_proj.weight[:] = torch.eye(width)
+        hook = last.ln_1.register_forward_hook(lambda *call: features.append(call[2][0, 1:].mean(0)))
         net.eval()(image)
         hook.remove()
         net.heads.head.weight[:] = torch.stack([features[0], -features[0]])
@@ -116,9 +112,8 @@ def test_same_maps_as_grad_cam_used_plainly(name, size, layer):
     ours = gradcam.heatmaps(net, images, [0, 1, 1])
     assert ours.max() > 0 and not any(module._forward_hooks for module in net.modules())
     with GradCAM(net.requires_grad_(True), [net.get_submodule(layer)], models.cam_reshape(net)) as cam:
-        np.testing.assert_allclose(
-            ours, cam(images, [ClassifierOutputTarget(label) for label in (0, 1, 1)]), atol=1e-5
-        )
+        theirs = cam(images, [ClassifierOutputTarget(label) for label in (0, 1, 1)])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_resnet_map_is_the_class_activation_map():
@@ -175,16 +170,12 @@ def test_the_five_architectures_at_full_size(name):
 RUN = ("--model", "shufflenet_v2_x0_5", "--init", "random")
 
 
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["gradcam.py", *map(str, args), "--device", "cpu"])
-    gradcam.main()
+def command(*args):
+    call(gradcam, *args, "--device", "cpu")
 
 
-def refusal(monkeypatch, *args):
-    with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, *args)
-    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code, caught.value.code
-    return caught.value.code
+def refusal(*args):
+    return refused(gradcam, *args, "--device", "cpu")
 
 
 def test_maps_come_from_the_fold_that_tested_the_cell(trained):
@@ -194,29 +185,25 @@ def test_maps_come_from_the_fold_that_tested_the_cell(trained):
     assert sorted(cell["path"] for cell in tested) == sorted(cells.paths)  # each once
     cell = next(cell for cell in tested if cell["prediction"] != cell["label"])
     gradcam.add_heatmaps([cell], classes, cells, "cpu")
-    with open(runs / "split.csv", newline="") as handle:
-        row = next(row for row in csv.DictReader(handle) if row["path"] == cell["path"])
+    row = next(row for row in read_rows(runs / "split.csv") if row["path"] == cell["path"])
     net, info = models.load_checkpoint(folder / ("fold0" if row["fold0"] == "test" else "fold1") / "best.pt")
-    image = torch.from_numpy(datasets.resize(cells[list(cells.paths).index(cell["path"])], 64)).permute(
-        2, 0, 1
-    )[None]
+    image = torch.from_numpy(datasets.resize(cells[list(cells.paths).index(cell["path"])], 64))
+    image = datasets.normalise(image.permute(2, 0, 1)[None], info["mean"], info["std"])
     for label in (cell["label"], cell["prediction"]):  # one map for each of both
-        heat = gradcam.heatmaps(
-            net, datasets.normalise(image, info["mean"], info["std"]), [classes.index(label)]
-        )[0]
+        heat = gradcam.heatmaps(net, image, [classes.index(label)])[0]
         np.testing.assert_allclose(cell["heatmaps"][label], heat, atol=1e-5)
 
 
-def test_a_figure_of_the_chosen_cell(trained, monkeypatch, capsys):
+def test_a_figure_of_the_chosen_cell(trained, capsys):
     runs, cells = trained
     options, path = (*RUN, "--runs", runs, "--data", cells.root), str(cells.paths[0])
-    command(monkeypatch, *options, "--paths", path)
+    command(*options, "--paths", path)
     file = runs / "results" / f"gradcam_shufflenet_v2_x0_5_random_{path[:3]}.png"
     assert capsys.readouterr().out == f"{file}\n" and min(cv2.imread(str(file)).shape[:2]) > 400
-    assert "--data" in refusal(monkeypatch, *options[:-1], cells.root.parent.parent / "cd", "--paths", path)
-    assert "no tested image" in refusal(monkeypatch, *options, "--paths", "NGS/none.jpg")
-    assert "no class" in refusal(monkeypatch, *options, "--classes", "XYZ")
-    assert "no finished fold" in refusal(monkeypatch, *options[:3], "cd", *options[4:])
+    assert "--data" in refusal(*options[:-1], cells.root.parent.parent / "cd", "--paths", path)
+    assert "no tested image" in refusal(*options, "--paths", "NGS/none.jpg")
+    assert "no class" in refusal(*options, "--classes", "XYZ")
+    assert "no finished fold" in refusal(*options[:3], "cd", *options[4:])
 
 
 def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_path, monkeypatch):
@@ -225,23 +212,22 @@ def test_the_best_row_of_table_4_and_the_classes_of_figs_5_and_6(trained, tmp_pa
     shown = []
     monkeypatch.setattr(gradcam, "draw_figure", lambda file, *rest: shown.append(file.name))
     monkeypatch.setattr(gradcam, "add_heatmaps", lambda *rest: None)
-    command(monkeypatch, *RUN, "--runs", runs, "--data", cells.root)
+    monkeypatch.setattr(gradcam, "open_images", lambda *rest: None)
+    command(*RUN, "--runs", runs, "--data", cells.root)
     assert shown == [f"gradcam_shufflenet_v2_x0_5_random_{label}.png" for label in ("FGC", "BAS")]
     for init in ("random", "cd", "pcam"):
         fold = tmp_path / "train" / "resnet18" / init / "fold0"
         fold.mkdir(parents=True)
         (fold / "predictions.csv").write_text("path,label,prediction,p_x,p_y,p_z\nx/1.png,x,y,0.2,0.7,0.1\n")
-    assert "first run evaluate.py" in refusal(monkeypatch, "--runs", tmp_path)
+    assert "first run evaluate.py" in refusal("--runs", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/table4.csv").write_text(
         "model,init,folds,f1_mean\nresnet18,random,5,0.5\nresnet18,cd,2,0.9\nresnet18,pcam,5,0.6\n"
     )
-    command(monkeypatch, "--runs", tmp_path, "--data", cells.root)
-    assert shown[2:] == [
-        "gradcam_resnet18_pcam_x.png"
-    ]  # x and y, the first two of other classes; none of y was tested
+    command("--runs", tmp_path, "--data", cells.root)
+    assert shown[2:] == ["gradcam_resnet18_pcam_x.png"]  # the first two of other classes; no y was tested
     with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, "--runs", tmp_path, "--model", "resnet18")
+        command("--runs", tmp_path, "--model", "resnet18")
     assert caught.value.code == 2
 
 
@@ -258,7 +244,8 @@ def sheet(monkeypatch, tmp_path, right, wrong):
     cell["picture"], heat = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.float32)
     cells = [cell | {"prediction": "x", "heatmaps": {"x": heat}}] * right
     others = [cell | {"prediction": "y", "heatmaps": {"y": heat, "x": heat}}] * wrong
-    gradcam.draw_figure(tmp_path / "1.png", "x", ["x", "y"], ("right", cells), ("wrong", others))
+    halves = ("right", cells), ("wrong", others)
+    gradcam.draw_figure(tmp_path / "1.png", "x", ("model", "init"), ["x", "y"], *halves)
     return figures[-1], cv2.imread(str(tmp_path / "1.png")).shape
 
 
@@ -276,9 +263,9 @@ def test_more_cells_than_a_figure_holds_are_cut_and_it_is_said(trained, monkeypa
     runs, cells = trained
     drawn = []
     monkeypatch.setattr(gradcam, "MOST", 2)
-    monkeypatch.setattr(gradcam, "draw_figure", lambda file, title, classes, *halves: drawn.extend(halves))
+    monkeypatch.setattr(gradcam, "draw_figure", lambda *drawing: drawn.extend(drawing[4:]))
     monkeypatch.setattr(gradcam, "add_heatmaps", lambda *rest: None)
-    command(monkeypatch, *RUN, "--runs", runs, "--data", cells.root, "--count", "1000", "--classes", "NGS")
+    command(*RUN, "--runs", runs, "--data", cells.root, "--count", "1000", "--classes", "NGS")
     sizes = [len(group) for _, group in drawn]
     said = capsys.readouterr().out
     assert max(sizes) == 2 and said.count("shown, the most that a figure holds") == sizes.count(2)

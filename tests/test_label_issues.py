@@ -39,10 +39,8 @@ def simulation():
     labels, wrong = flip(truth, distance.argmin(1), 0.03, rng)
     folds, p = np.zeros(len(truth), int), np.zeros((len(truth), len(COUNTS)))
     for k, (train, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(cells, labels)):
-        network = LinearDiscriminantAnalysis(priors=np.full(len(COUNTS), 1 / len(COUNTS))).fit(
-            cells[train], labels[train]
-        )
-        folds[test], p[test] = k, network.predict_proba(cells[test])
+        network = LinearDiscriminantAnalysis(priors=np.full(len(COUNTS), 1 / len(COUNTS)))
+        folds[test], p[test] = k, network.fit(cells[train], labels[train]).predict_proba(cells[test])
     return {"labels": labels, "wrong": wrong, "folds": folds, "p": p, "truth": truth}
 
 
@@ -73,11 +71,8 @@ def quality(flagged, wrong):
 def test_flipped_labels_are_found(simulation):
     """More than half of what is flagged is wrong, of 3% wrong labels; most wrong labels of classes that may
     be flagged are found."""
-    suggested, score, flagged = search(simulation)
-    wrong, common = (
-        simulation["wrong"],
-        np.bincount(simulation["labels"])[simulation["labels"]] >= report.ENOUGH,
-    )
+    (suggested, score, flagged), wrong = search(simulation), simulation["wrong"]
+    common = np.bincount(simulation["labels"])[simulation["labels"]] >= report.ENOUGH
     precision, recall = quality(flagged[common], wrong[common])
     assert precision > 0.5 and recall > 0.75
     assert average_precision_score(wrong, score) > 0.75
@@ -128,19 +123,8 @@ def test_a_clean_fold_of_sure_predictions_has_no_flags():
 def test_thresholds_by_hand():
     """Class means 0.8 and 0.6: the image labelled 0 with 0.65 for class 1 is counted to 1, the one with 0.55
     to none."""
-    p = np.array(
-        [
-            [0.95, 0.05],
-            [0.98, 0.02],
-            [0.92, 0.08],
-            [0.35, 0.65],
-            [0.45, 0.55],
-            [0.3, 0.7],
-            [0.35, 0.65],
-            [0.55, 0.45],
-        ]
-    )
-    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    first = np.array([0.95, 0.98, 0.92, 0.35, 0.45, 0.3, 0.35, 0.55])
+    p, labels = np.column_stack([first, 1 - first]), np.array([0, 0, 0, 0, 0, 1, 1, 1])
     assert p[:5, 0].mean() == pytest.approx(0.73) and p[5:, 1].mean() == pytest.approx(0.6)
     counted, off = report.confident_joint(labels, p)
     assert off.tolist() == [False, False, False, True, False, False, False, False]
@@ -150,10 +134,8 @@ def test_thresholds_by_hand():
 def test_agrees_with_cleanlab(simulation):
     """The same images off the diagonal, fold by fold, as cleanlab's filter 'confident_learning', and as many
     as it counts."""
-    cleanlab_filter, cleanlab_count = (
-        pytest.importorskip("cleanlab.filter"),
-        pytest.importorskip("cleanlab.count"),
-    )
+    cleanlab_filter = pytest.importorskip("cleanlab.filter")
+    cleanlab_count = pytest.importorskip("cleanlab.count")
     labels, images = simulation["labels"], np.bincount(simulation["labels"])
     for k in range(5):
         here = simulation["folds"] == k
@@ -175,14 +157,8 @@ def write_study(folder, simulation):
             out = csv.writer(handle)
             out.writerow(["path", "label", "prediction", *(f"p_{name}" for name in classes)])
             for i in np.flatnonzero(simulation["folds"] == k):
-                out.writerow(
-                    [
-                        f"{i:05d}.jpg",
-                        classes[labels[i]],
-                        classes[p[i].argmax()],
-                        *(f"{value:.9g}" for value in p[i]),
-                    ]
-                )
+                values = [f"{value:.9g}" for value in p[i]]
+                out.writerow([f"{i:05d}.jpg", classes[labels[i]], classes[p[i].argmax()], *values])
 
 
 def issues_of(runs, contradicted=()):
@@ -199,15 +175,10 @@ def test_rows_from_a_study_on_disk(simulation, tmp_path):
     rows = issues_of(tmp_path)
     _, score, flagged = search(simulation)
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert {row["path"] for row in rows if row["flagged"] == "yes"} == {
-        f"{i:05d}.jpg" for i in np.flatnonzero(flagged)
-    }
-    assert len(rows) == (score > 0).sum()
-    classes = list(COUNTS)
-    assert all(
-        row["label"] == classes[simulation["labels"][int(row["path"][:5])]] != row["suggested"]
-        for row in rows
-    )
+    shown = {row["path"] for row in rows if row["flagged"] == "yes"}
+    assert shown == {f"{i:05d}.jpg" for i in np.flatnonzero(flagged)} and len(rows) == (score > 0).sum()
+    for row in rows:
+        assert row["label"] == CLASSES[simulation["labels"][int(row["path"][:5])]] != row["suggested"]
 
 
 def test_contradicting_labels_come_first(simulation, tmp_path):
@@ -221,10 +192,6 @@ def test_contradicting_labels_come_first(simulation, tmp_path):
     plain, rows = issues_of(tmp_path), issues_of(tmp_path, contradicted)
     assert {row["path"] for row in rows[:2]} == set(names) and rows[2:] == plain
     first = next(row for row in rows if row["path"] == names[0])
-    assert (first["label"], first["suggested"], first["flagged"], first["kind"]) == (
-        classes[0],
-        classes[2],
-        "yes",
-        "same cell as b",
-    )
+    values = [first[key] for key in ("label", "suggested", "flagged", "kind")]
+    assert values == [classes[0], classes[2], "yes", "same cell as b"]
     assert first["score"] < 0 and first["p_label"] > 0.9

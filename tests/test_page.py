@@ -6,20 +6,21 @@ install chromium). Run as a script, it leaves a simulated study to look at:    p
 FOLDER [images] [networks] [pre-trainings]
 """
 
-import base64
 import csv
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
 import pytest
+from conftest import read_rows, until
 from PIL import Image
+from scipy import special
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -64,20 +65,12 @@ def simulate_run(folder, fold, study, *, quality, seed, epochs=12, val=True):
     rng = np.random.default_rng([seed, fold])
     folder.mkdir(parents=True)
     believed = centres + rng.normal(size=centres.shape) / quality
-    for name, part in (("predictions.csv", "test"), ("val_predictions.csv", "val")):
-        if name == "predictions.csv" or val:
-            here = np.flatnonzero(parts[:, fold] == part)
-            logits = -0.8 * ((features[here, None] - believed) ** 2).sum(-1)
-            p = np.exp(logits - logits.max(1, keepdims=True))
-            write_predictions(folder / name, paths[here], labels[here], p / p.sum(1, keepdims=True), classes)
+    for name, part in (("predictions.csv", "test"), ("val_predictions.csv", "val"))[: 1 + val]:
+        here = np.flatnonzero(parts[:, fold] == part)
+        p = special.softmax(-0.8 * ((features[here, None] - believed) ** 2).sum(-1), axis=1)
+        write_predictions(folder / name, paths[here], labels[here], p, classes)
     write_log(folder / "log.csv", rng, epochs)
-    config = {
-        "model": folder.parts[-3],
-        "init": folder.parts[-2],
-        "fold": fold,
-        "epochs": epochs,
-        "test_images": int((parts[:, fold] == "test").sum()),
-    }
+    config = {"fold": fold, "epochs": epochs, "test_images": int((parts[:, fold] == "test").sum())}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -120,11 +113,7 @@ def simulate_study(
     counts = np.maximum(np.array(list(cells.values())) * images // sum(cells.values()), 8)
     classes = list(cells)
     centres, features, labels, truth = simulate_images(counts, seed)
-    number = [0] * len(classes)
-    paths = []
-    for label in labels:
-        paths.append(f"{classes[label]}/0001-1000/{classes[label]}_{number[label]:05d}.jpg")
-        number[label] += 1
+    paths = [f"{classes[label]}/0001-1000/{classes[label]}_{i:05d}.jpg" for i, label in enumerate(labels)]
     for i, name in zip(np.flatnonzero(labels != truth), names):
         paths[i] = f"{classes[labels[i]]}/{name}"
     paths = np.array(paths)
@@ -142,17 +131,9 @@ def simulate_study(
         out.writerow(["path", "label", *(f"fold{k}" for k in range(folds))])
         out.writerows([path, classes[label], *row] for path, label, row in zip(paths, labels, parts))
     study = classes, paths, labels, centres, features, parts
-    for m, model in enumerate(models):
-        for i, init in enumerate(inits):
-            for k in range(folds):
-                simulate_run(
-                    runs / "train" / model / init / f"fold{k}",
-                    k,
-                    study,
-                    quality=2 + m + 0.5 * i,
-                    seed=10 * m + i,
-                    val=val,
-                )
+    for (m, model), (i, init), k in itertools.product(enumerate(models), enumerate(inits), range(folds)):
+        options = {"quality": 2 + m + 0.5 * i, "seed": 10 * m + i, "val": val}
+        simulate_run(runs / "train" / model / init / f"fold{k}", k, study, **options)
     for path in np.random.default_rng(0).permutation(paths)[:pictures] if pictures else ():
         draw_cell(folder / "bm" / path)
     return runs
@@ -178,12 +159,9 @@ class Browser:
         options = [f"--{name}" for name in f"{options} remote-debugging-pipe".split()]
         command = [CHROMIUM, *options, f"--user-data-dir={folder}/profile", "about:blank"]
         inner = f'exec 3<&{to_chromium[0]} 4>&{from_chromium[1]}; exec "$0" "$@"'
-        self.process = subprocess.Popen(
-            ["bash", "-c", inner, *command],
-            pass_fds=(to_chromium[0], from_chromium[1]),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        options["pass_fds"] = to_chromium[0], from_chromium[1]
+        self.process = subprocess.Popen(["bash", "-c", inner, *command], **options)
         os.close(to_chromium[0])
         os.close(from_chromium[1])
         self.out, self.incoming = os.fdopen(to_chromium[1], "wb"), os.fdopen(from_chromium[0], "rb")
@@ -204,9 +182,9 @@ class Browser:
     def call(self, method, **parameters):
         """Send a command and return its result; events that come meanwhile are kept."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | (
-            {"sessionId": self.session} if self.session else {}
-        )
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
         self.out.write(json.dumps(message).encode() + b"\0")
         self.out.flush()
         while (answer := self.read()).get("id") != self.number:
@@ -216,19 +194,10 @@ class Browser:
 
     def open(self, file, width, height=900):
         """Open a local file at a window size and wait until all of it is there."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=pathlib.Path(file).resolve().as_uri())
-        for _ in range(200):
-            if self.run("document.readyState") == "complete":
-                return
-            time.sleep(0.05)
-        raise AssertionError("the page does not finish loading")
+        until(lambda: self.run("document.readyState") == "complete")
 
     def run(self, script):
         """The value of a JavaScript expression."""
@@ -236,21 +205,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def picture(self, file):
-        """A PNG of the whole page."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        pathlib.Path(file).write_bytes(base64.b64decode(data))
+    def text(self):
+        """All text of the page."""
+        return self.run("document.body.textContent")
 
     def complaints(self):
         """Uncaught exceptions, console errors and warnings, and log entries so far."""
-        found = [
-            e["params"] for e in self.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-        ]
-        return found + [
-            e["params"]
-            for e in self.events
-            if e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning")
-        ]
+        kinds = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+        found = [event["params"] for event in self.events if event["method"] in kinds]
+        return [params for params in found if params.get("type") not in ("log", "info", "debug")]
 
     def close(self):
         """End the browser."""
@@ -263,13 +226,8 @@ class Browser:
 
 
 # ---------------------------------------------------------------- fixtures
-NASTY = (
-    'a,b "c".jpg',
-    "<img src=x onerror='window.hacked=1'>.jpg",
-    "Zelle_ä_\udcff.jpg",
-    "long_" + "name_" * 40 + ".jpg",
-    "</script><b>.jpg",
-)
+NASTY = ['a,b "c".jpg', "<img src=x onerror='window.hacked=1'>.jpg", "Zelle_ä_\udcff.jpg"]
+NASTY += ["long_" + "name_" * 40 + ".jpg", "</script><b>.jpg"]
 
 
 @pytest.fixture(scope="module")
@@ -298,53 +256,32 @@ def page(tmp_path_factory):
     unfinished, failed, odd names."""
     folder = tmp_path_factory.mktemp("study")
     runs = simulate_study(folder, images=700, names=NASTY, pictures=0)
-    with open(runs / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    for row in rows[::3]:
-        draw_cell(folder / "bm" / row["path"])
-    pairs = [[a["path"], b["path"]] for a, b in zip(rows[::50], rows[1::50])]
+    paths = [row["path"] for row in read_rows(runs / "split.csv")]
+    for path in paths[::3]:
+        draw_cell(folder / "bm" / path)
+    rows = [[*pair, 60, 30, 0.15, 0.6] for pair in zip(paths[::50], paths[1::50])]
     with open(runs / "overlaps.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
-        csv.writer(handle).writerows(
-            [
-                ["first", "second", "dx", "dy", "difference", "area"],
-                *([*pair, 60, 30, 0.15, 0.6] for pair in pairs),
-            ]
-        )
+        csv.writer(handle).writerows(["first second dx dy difference area".split(), *rows])
     (runs / "data").mkdir()
-    scan = {
-        "fingerprint": "f1",
-        "sizes": {"250x250": len(rows)},
-        "duplicates": [[rows[0]["path"], rows[-1]["path"]]],
-    }
-    (runs / "data/bm.json").write_text(json.dumps(scan))
+    scan = {"sizes": {"250x250": len(paths)}, "duplicates": [[paths[0], paths[-1]]]}
+    (runs / "data/bm.json").write_text(json.dumps({"fingerprint": "f1"} | scan))
     config = runs / "train/vit_l_32/imagenet+cd/fold0/config.json"
-    config.write_text(
-        json.dumps(
-            json.loads(config.read_text())
-            | {"data": "f1", "left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}
-        )
-    )
+    more = {"data": "f1", "left_out": [["BLA/cut_in_half.jpg", "OSError: image file is truncated"]]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
     (runs / "train/resnet152/imagenet+cd/fold3/predictions.csv").unlink()
     shutil.rmtree(runs / "train/resnet152/imagenet+cd/fold4")
-    (runs / "train/resnet152/random/fold1/predictions.csv").write_text(
-        "path,label,prediction,p_NGB\nhalf a r"
-    )
+    file = runs / "train/resnet152/random/fold1/predictions.csv"
+    file.write_text("path,label,prediction,p_NGB\nhalf a r")
     for init in ("cd", "imagenet+cd"):
         (runs / "pretrain/vit_l_32" / init).mkdir(parents=True)
         write_log(runs / "pretrain/vit_l_32" / init / "log.csv", np.random.default_rng(0), 7)
     (runs / "pretrain/vit_l_32/cd/predictions.csv").write_text("")
     (runs / "logs").mkdir()
-    (runs / "logs/train-resnet152-imagenet+cd-fold4.failed").touch()
-    (runs / "logs/train-resnet152-imagenet+cd-fold4.log").write_text(
-        "starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n"
-    )
+    failed = runs / "logs/train-resnet152-imagenet+cd-fold4.failed"
+    failed.touch()
+    failed.with_suffix(".log").write_text("starting\n<b>torch.OutOfMemoryError</b>: CUDA out of memory\n\n")
     (runs / "results").mkdir()
-    inits = (
-        "random",
-        "imagenet",
-        "imagenet+cd",
-    )  # heatmaps of all three, of which the page shows the best one's
-    for init in inits:
+    for init in ("random", "imagenet", "imagenet+cd"):  # of which the page shows the best one's
         Image.new("RGB", (900, 500), "teal").save(runs / f"results/gradcam_vit_l_32_{init}_FGC.png")
         write_range_test(runs / "train/vit_l_32" / init)
     with pytest.MonkeyPatch.context() as patch:
@@ -357,10 +294,9 @@ def test_no_complaints_and_no_network(browser, page):
     """No console error, warning or exception; nothing but the file itself is fetched."""
     browser.events.clear()
     browser.open(page, 1280)
-    fetched = [
-        e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
-    ]
-    assert [url for url in fetched if not url.startswith("data:")] == [page.resolve().as_uri()]
+    requests = [e["params"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    fetched = {params["request"]["url"] for params in requests}
+    assert {url for url in fetched if not url.startswith("data:")} == {page.resolve().as_uri()}
     assert browser.complaints() == [] and browser.run("window.hacked") is None
 
 
@@ -369,11 +305,8 @@ def test_nothing_sticks_out(browser, page, width):
     """No element reaches past the window's edge, but for what lies in a box that scrolls sideways; such a box
     can have the focus."""
     browser.open(page, width)
-    assert (
-        browser.run("document.documentElement.scrollWidth")
-        == browser.run("document.documentElement.clientWidth")
-        == width
-    )
+    root = "document.documentElement"
+    assert browser.run(f"[{root}.scrollWidth, {root}.clientWidth]") == [width] * 2
     outside = """[...document.body.querySelectorAll("*")].filter(e => !e.parentElement.closest(".wide")
         && (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5))
         .map(e => e.outerHTML.slice(0, 200))"""
@@ -382,13 +315,8 @@ def test_nothing_sticks_out(browser, page, width):
         """[...document.querySelectorAll(".wide")].every(
             e => e.tabIndex == 0 && e.getAttribute("aria-label"))"""
     )
-    if width == 1280:
-        assert (
-            browser.run(
-                "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).length"
-            )
-            == 0
-        )
+    wider = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert width < 1280 or browser.run(wider) == 0
 
 
 def test_nothing_sticks_out_in_print(browser, page):
@@ -419,17 +347,14 @@ def test_all_pictures_load_and_say_what_they_show(browser, page):
     }.items()
     text = browser.run("document.getElementById('overlaps').textContent")
     assert "(15 pairs)" in text and "1 groups of exact duplicates" in text and "2 images show a cell" in text
-    assert where.count("labels") > 5 and "image not found" in browser.run("document.body.textContent")
+    assert where.count("labels") > 5 and "image not found" in browser.text()
 
 
 def test_tables_have_captions_and_headers(browser, page):
     """What a screen reader needs: language, one h1, a caption, column and row headers of every table, no
     heading level left out."""
     browser.open(page, 1280)
-    assert (
-        browser.run("document.documentElement.lang") == "en"
-        and browser.run("document.querySelectorAll('h1').length") == 1
-    )
+    assert browser.run("document.documentElement.lang + document.querySelectorAll('h1').length") == "en1"
     faults = """[...document.querySelectorAll("table")].filter(t => !t.getAttribute("aria-label")
         || t.tHead.rows[0].cells.length != t.tBodies[0].rows[0].cells.length
         || [...t.tHead.rows[0].cells].some(c => c.scope != "col")
@@ -446,25 +371,17 @@ def test_progress_and_failures(browser, page):
     """Which folds are finished, which under way, what failed and why, which files can't be right, which image
     is unreadable."""
     browser.open(page, 1280)
-    text = browser.run("document.body.textContent")
-    for part in (
-        "finished5",
-        "finished3",
-        "at epoch 12 of 12",
-        "at epoch 7 of",
-        "Failed: train-resnet152-imagenet+cd-fold4.",
-        "<b>torch.OutOfMemoryError</b>: CUDA out of memory",
-        "resnet152/random/fold1/predictions.csv",
-        "BLA/cut_in_half.jpg",
-    ):
-        assert part in text, part
+    parts = ["finished5", "finished3", "at epoch 12 of 12", "at epoch 7 of", "BLA/cut_in_half.jpg"]
+    parts += ["Failed: train-resnet152-imagenet+cd-fold4.", "resnet152/random/fold1/predictions.csv"]
+    parts += ["<b>torch.OutOfMemoryError</b>: CUDA out of memory"]
+    assert [part for part in parts if part not in browser.text()] == []
 
 
 def test_numbers_are_those_of_the_tables(browser, page):
     """Tables 4 and 5 of the page equal evaluate.py's, the paper's numbers below; no cell says nan."""
     browser.open(page, 1280)
     study = evaluate.read_study(page.parent.parent)
-    text = browser.run("document.body.textContent").replace("\xa0", " ")
+    text = browser.text().replace("\xa0", " ")
     table4 = evaluate.table4_rows(study)
     for row in table4:
         assert evaluate.mean_std(row["f1_mean"], row["f1_std"]) in text
@@ -502,32 +419,20 @@ def test_the_forest_plot_comes_first(browser, page):
 def test_the_interval_is_that_of_the_corrected_t_test():
     """Three folds of macro F1 0.5, 0.6 and 0.7, each of 20 tested and 64 fitted images: 4.303 * 0.1 *
     sqrt(1/3 + 20/64) by hand."""
-    folds = {
-        k: evaluate.Fold(np.diag([10, 10]), np.full((3, 2), f1), 64.0) for k, f1 in enumerate((0.5, 0.6, 0.7))
-    }
+    confusion, f1s = np.diag([10, 10]), (0.5, 0.6, 0.7)
+    folds = {k: evaluate.Fold(confusion, np.full((3, 2), f1), 64.0) for k, f1 in enumerate(f1s)}
     row = {"model": "m", "init": "i"}
     report.add_intervals(evaluate.Study(["a", "b"], np.array([30, 30]), {("m", "i"): folds}, [], []), [row])
-    assert (
-        row["f1_high"] - 0.6
-        == pytest.approx(0.6 - row["f1_low"])
-        == pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
-    )
+    half = pytest.approx(4.3027 * 0.1 * np.sqrt(1 / 3 + 20 / 64), rel=1e-4)
+    assert row["f1_high"] - 0.6 == half and 0.6 - row["f1_low"] == half
 
 
 def test_overlaps_are_counted_by_hand(tmp_path):
     """Images of 100 pixels, so that less than 16 of displacement is the same cell; two folds, of which each
     image is tested in one."""
-    split = [
-        "path,label,fold0,fold1",
-        "A/a,A,test,train",
-        "B/b,B,train,test",
-        "A/c,A,test,train",
-        "B/d,B,val,test",
-        "A/e,A,test,train",
-        "B/f,B,train,test",
-        "A/g,A,train,test",
-    ]
-    (tmp_path / "split.csv").write_text("\n".join(split) + "\n")
+    split = "path,label,fold0,fold1 A/a,A,test,train B/b,B,train,test A/c,A,test,train B/d,B,val,test "
+    split += "A/e,A,test,train B/f,B,train,test A/g,A,train,test "
+    (tmp_path / "split.csv").write_text(split.replace(" ", "\n"))
     (tmp_path / "data").mkdir()
     scan = {"fingerprint": "f1", "sizes": {"100x100": 7, "250x250": 1}, "duplicates": [["A/e", "B/f", "A/g"]]}
     (tmp_path / "data/bm.json").write_text(json.dumps(scan))
@@ -536,20 +441,12 @@ def test_overlaps_are_counted_by_hand(tmp_path):
     found = report.of_overlaps(study := evaluate.read_study(tmp_path), tmp_path, "f1")
     # fold 0: a has b in training, c has d in validation alone, e has f and g
     # fold 1: b has a, d has c, f and g have e
-    assert study.overlaps.startswith("3 of 7 test images") and found["twins"] == {
-        ("A/e", "fold0"),
-        ("B/f", "fold1"),
-        ("A/g", "fold1"),
-    }
+    assert study.overlaps.startswith("3 of 7 test images")
+    assert found["twins"] == {("A/e", "fold0"), ("B/f", "fold1"), ("A/g", "fold1")}
     same = {"A/a": ("B", "same cell as B/b"), "B/b": ("A", "same cell as A/a")}
     assert {path: why for path, why in found["contradicted"].items() if path in same} == same
-    assert {path: label for path, (label, _) in found["contradicted"].items()} == {
-        "A/a": "B",
-        "B/b": "A",
-        "A/e": "B",
-        "B/f": "A",
-        "A/g": "B",
-    }
+    labels = {path: label for path, (label, _) in found["contradicted"].items()}
+    assert labels == {"A/a": "B", "B/b": "A", "A/e": "B", "B/f": "A", "A/g": "B"}
 
 
 def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
@@ -560,56 +457,32 @@ def test_verdicts_are_exported_and_kept(browser, page, tmp_path):
     browser.open(page, 390)
     cells = browser.run("[...document.querySelectorAll('.cell')].map(c => ({...c.dataset}))")
     press = "document.querySelectorAll('.cell')[{}].querySelector('[data-verdict={}]').click()"
-    for number, verdict in (
-        (0, "label"),
-        (2, "suggested"),
-        (3, "neither"),
-        (3, "unsure"),
-        (4, "label"),
-        (4, "label"),
-    ):
-        browser.run(press.format(number, verdict))
+    for verdict in "0 label,2 suggested,3 neither,3 unsure,4 label,4 label".split(","):
+        browser.run(press.format(*verdict.split()))
     odd = next(i for i, cell in enumerate(cells) if i > 4 and ('"' in cell["path"] or "," in cell["path"]))
     browser.run(press.format(odd, "suggested"))
     browser.open(page, 1280)
     assert browser.run("document.getElementById('count').textContent") == f"4 of {len(cells)} looked at"
-    assert (
-        browser.run(
-            "document.querySelectorAll('.cell')[3].querySelector('[aria-pressed=true]').dataset.verdict"
-        )
-        == "unsure"
-    )
+    pressed = "document.querySelectorAll('.cell')[{}].querySelector('[aria-pressed=true]')"
+    assert browser.run(f"{pressed.format(3)}.dataset.verdict") == "unsure"
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     browser.run("document.getElementById('export').click()")
-    for _ in range(100):
-        if (tmp_path / "verdicts.csv").exists():
-            break
-        time.sleep(0.05)
-    with open(tmp_path / "verdicts.csv", encoding="utf-8", newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    assert [(int(row["rank"]), row["verdict"]) for row in rows] == [
-        (1, "label"),
-        (3, "suggested"),
-        (4, "unsure"),
-        (odd + 1, "suggested"),
-    ]
+    until((tmp_path / "verdicts.csv").exists)
+    rows = read_rows(tmp_path / "verdicts.csv")
+    expected = [(1, "label"), (3, "suggested"), (4, "unsure"), (odd + 1, "suggested")]
+    assert [(int(row["rank"]), row["verdict"]) for row in rows] == expected
     assert [row["path"] for row in rows] == [cells[i]["path"] for i in (0, 2, 3, odd)]
     assert list(rows[0]) == ["rank", "path", "label", "suggested", "score", "verdict"]
     # a page made anew, whose best network suggests another class for the first cell
-    assert (
-        browser.run("""(() => {
+    stored = browser.run("""(() => {
         const all = JSON.parse(localStorage.getItem(store)), [key, row] = Object.entries(all)[0];
         delete all[key]; row.suggested = "another";
         all[[row.path, row.label, row.suggested].join("\\n")] = row;
         localStorage.setItem(store, JSON.stringify(all)); return Object.keys(all).length })()""")
-        == 4
-    )
     browser.open(page, 1280)
-    assert browser.run("document.querySelectorAll('.cell')[0].querySelector('[aria-pressed=true]')") is None
-    assert browser.run("document.getElementById('count').textContent").startswith(
-        f"3 of {len(cells)} looked at; 1 more"
-    )
-    assert browser.complaints() == []
+    assert stored == 4 and browser.run(pressed.format(0)) is None
+    count = browser.run("document.getElementById('count').textContent")
+    assert count.startswith(f"3 of {len(cells)} looked at; 1 more") and browser.complaints() == []
 
 
 def test_the_gallery_shows_label_issues_flagged_ones_first(browser, page):
@@ -620,23 +493,13 @@ def test_the_gallery_shows_label_issues_flagged_ones_first(browser, page):
         """[...document.querySelectorAll('.cell')].map(
             c => [c.dataset.path, c.dataset.label, c.dataset.suggested])"""
     )
-    with open(
-        page.parent / "label_issues.csv", encoding="utf-8", errors="surrogateescape", newline=""
-    ) as handle:
-        rows = list(csv.DictReader(handle))
+    rows = read_rows(page.parent / "label_issues.csv")
     assert len(shown) == 60 and len(rows) > 60
-    order = [row for row in rows if row["flagged"] == "yes"] + [
-        row for row in rows if row["flagged"] != "yes"
-    ]
-    assert shown == [
-        [row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in order[:60]
-    ]
-    assert any("\udcff" in row["path"] for row in rows)
-    assert [row["kind"].split(" as ")[0] for row in rows[:3]] == [
-        "exact duplicate",
-        "exact duplicate",
-        "prediction",
-    ]
+    order = sorted(rows, key=lambda row: row["flagged"] != "yes")
+    expected = [[row["path"].replace("\udcff", "?"), row["label"], row["suggested"]] for row in order[:60]]
+    assert shown == expected and any("\udcff" in row["path"] for row in rows)
+    kinds = [row["kind"].split(" as ")[0] for row in rows[:3]]
+    assert kinds == ["exact duplicate", "exact duplicate", "prediction"]
     assert browser.run("document.querySelectorAll('details .cell').length") == 60 - report.UNFOLDED
 
 
@@ -645,43 +508,25 @@ def test_nothing_has_been_run(browser, tmp_path):
     (tmp_path / "runs").mkdir()
     browser.events.clear()
     browser.open(make_page(tmp_path / "runs"), 390)
-    assert (
-        "Nothing has been begun yet" in browser.run("document.body.textContent")
-        and browser.complaints() == []
-    )
+    assert "Nothing has been begun yet" in browser.text() and browser.complaints() == []
 
 
 def test_one_fold_without_anything_beside_it(browser, tmp_path):
     """No validation predictions, log, split, range test, heatmaps or images, other classes than bone marrow:
     all of this is said."""
-    runs = simulate_study(
-        tmp_path,
-        models=("resnet18",),
-        inits=("cd",),
-        images=180,
-        folds=2,
-        pictures=0,
-        cells={"asch": 5, "hsil": 6, "scc $x$ <i>": 3},
-        val=False,
-    )
+    cells = {"asch": 5, "hsil": 6, "scc $x$ <i>": 3}
+    options = {"models": ["resnet18"], "inits": ["cd"], "images": 180, "folds": 2, "pictures": 0}
+    runs = simulate_study(tmp_path, **options, cells=cells, val=False)
     shutil.rmtree(runs / "train/resnet18/cd/fold1")
     (runs / "train/resnet18/cd/lr_range.csv").touch()  # of a full disk
     for name in ("split.csv", "train/resnet18/cd/fold0/log.csv", "train/resnet18/cd/fold0/config.json"):
         (runs / name).unlink()
     browser.events.clear()
     browser.open(make_page(runs), 390)
-    text = browser.run("document.body.textContent")
-    for part in (
-        "no log.csv",
-        "no range test",
-        "No heatmaps yet",
-        "no val_predictions.csv",
-        "No temperature",
-        "BLA, FGC, HAC, PEB",
-        "scc $x$ <i>",
-        "finished1",
-    ):
-        assert part in text, part
+    text = browser.text()
+    parts = ["no log.csv", "no range test", "No heatmaps yet", "no val_predictions.csv", "No temperature"]
+    parts += ["BLA, FGC, HAC, PEB", "scc $x$ <i>", "finished1"]
+    assert [part for part in parts if part not in text] == []
     assert " nan" not in text.lower() and "paper 0." not in text and browser.complaints() == []
     assert browser.run("document.documentElement.scrollWidth") == 390
 
@@ -718,20 +563,14 @@ def test_as_a_script(page, run, tmp_path):
     """What run_all.sh does: one line with the page's place, status 0; a message and status 1 where there is
     nothing."""
     done = run("report.py", "--runs", page.parent.parent, "--data", tmp_path)
-    assert (
-        done.returncode == 0
-        and done.stdout.startswith(str(page))
-        and len(done.stdout.splitlines()) == 1
-        and done.stderr == ""
-    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(str(page)) and len(done.stdout.splitlines()) == 1
     done = run("report.py", "--runs", tmp_path / "nowhere")
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
 if __name__ == "__main__":
-    size = int(sys.argv[2]) if len(sys.argv) > 2 else 2500
-    networks, starts = (
-        list(names)[: int(n)]
-        for names, n in zip((evaluate.MODELS, evaluate.INITS), [*sys.argv[3:], 2, 3][:2])
-    )
-    print(simulate_study(pathlib.Path(sys.argv[1]), images=size, models=networks, inits=starts))
+    texts = [*sys.argv[2:], *("2500", "2", "3")[max(0, len(sys.argv) - 2) :]]
+    size, networks, starts = map(int, texts)
+    options = {"models": list(evaluate.MODELS)[:networks], "inits": list(evaluate.INITS)[:starts]}
+    print(simulate_study(pathlib.Path(sys.argv[1]), images=size, **options))
