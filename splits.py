@@ -217,7 +217,8 @@ def open_split(file, cells, unreadable=()):
                 raise SystemExit(f"{cells.root}: {error}") from None
             write_splits(file, cells.paths, names, parts)
             print(f"{file}: {'the official split' if official else 'new stratified split into 5 folds'}")
-            few = [f"{name} ({n})" for name, n in zip(*np.unique(names, return_counts=True)) if n < 5]
+            images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
+            few = [f"{name} ({number})" for name, number in images if number < 5]
             if few and not official:
                 print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
     paths, labels, parts = read_splits(file, cells.paths.tolist())
