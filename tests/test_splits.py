@@ -1,8 +1,9 @@
 """The split: every image tested once, 20/16/64% of each class and fold, groups kept whole, the same on any
 machine.
 
-Truth comes from the class counts that the paper prints (paper/table5.csv), from scikit-learn's StratifiedKFold
-and StratifiedGroupKFold, from counts by hand, and, for the file, from Python's csv module read by eye.
+Truth comes from the class counts that the paper prints (paper/table5.csv), from scikit-learn's
+StratifiedKFold and StratifiedGroupKFold, from counts by hand, and, for the file, from Python's csv module
+read by eye.
 """
 
 import csv
@@ -182,7 +183,7 @@ def test_folds_and_validation_share_can_be_chosen():
         assert (parts == part).sum(0).tolist() == [number] * 10
 
 
-@pytest.mark.parametrize("settings", [{"folds": 1}, {"val": 0}, {"val": 1}, {"val": -0.2}])
+@pytest.mark.parametrize("settings", [{"folds": 1}, {"val": 0}, {"val": 1}, {"seed": -1}])
 def test_a_split_that_makes_no_sense_is_refused(settings):
     with pytest.raises(ValueError, match="at least 2, between 0 and 1"):
         splits.make_splits(np.zeros(100, int), **settings)
