@@ -173,10 +173,8 @@ def augment(image, size, rng, crop=True, colour=0.0):
     angle, flip_x, flip_y = rng.uniform(0, ROTATION), rng.random() < 0.5, rng.random() < 0.5
     if colour:  # before the rotation, whose corners stay black
         top, left, height, width = box
-        image, box = (
-            jitter(image[top : top + height, left : left + width], rng, colour),
-            (0, 0, height, width),
-        )
+        image = jitter(image[top : top + height, left : left + width], rng, colour)
+        box = (0, 0, height, width)
     return warp(image, size, box, angle, flip_x, flip_y)
 
 
@@ -308,16 +306,10 @@ class BalancedEpochs(torch.utils.data.Sampler):
 
 def loader(batches, sampler, workers=0, pin=False):
     """DataLoader over Batches; sampler yields the keys. Results do not depend on the number of workers."""
-    return torch.utils.data.DataLoader(
-        batches,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=tuple,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
-        timeout=600 if workers else 0,
-        worker_init_fn=quiet_worker,
-    )
+    options = {"collate_fn": tuple, "pin_memory": pin, "num_workers": workers}
+    if workers:
+        options |= {"persistent_workers": True, "timeout": 600, "worker_init_fn": quiet_worker}
+    return torch.utils.data.DataLoader(batches, batch_sampler=sampler, **options)
 
 
 def quiet_worker(_):
@@ -516,20 +508,12 @@ def scan(cells, workers=None):
     if across:
         examples = " and ".join(cells.paths[across[0]][:2])
         notes.append(f"{len(across)} groups of equal images have several labels, e.g. {examples}")
-    return {
-        "name": cells.name,
-        "root": str(cells.root),
-        "fingerprint": contents.hexdigest(),
-        "classes": cells.classes,
-        "counts": counts.tolist(),
-        "mean": mean.tolist(),
-        "std": np.sqrt(np.where(variance < 1e-9, 1, variance)).tolist(),
-        "sizes": dict(sizes.most_common()),
-        "unreadable": unreadable,
-        "oddities": notes,
-        "duplicates": [[str(cells.paths[i]) for i in group] for group in twins],
-        "across_classes": len(across),
-    }
+    std = np.sqrt(np.where(variance < 1e-9, 1, variance))
+    twins = [cells.paths[group].tolist() for group in twins]
+    info = {"name": cells.name, "root": str(cells.root), "fingerprint": contents.hexdigest()}
+    info |= {"classes": cells.classes, "counts": counts.tolist(), "sizes": dict(sizes.most_common())}
+    info |= {"mean": mean.tolist(), "std": std.tolist(), "unreadable": unreadable, "oddities": notes}
+    return info | {"duplicates": twins, "across_classes": len(across)}
 
 
 def open_checked(path, runs="runs"):

@@ -35,11 +35,14 @@ COCO = {"images", "annotations", "categories"}  # keys of its JSON files
 FIELDS = ("class", "group", "part")
 PARTS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 PARTS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+BRACES = {"{{": "{", "}}": "}"}
 WILDCARD = re.compile(r"(\{\{|\}\}|\{\w*\}|\*\*/|\*\*|\*|\[!?[^]/]+\])")
 # words in the names of folders that are no classes
 MASKS = {*"mask masks gt truth segmentation segmentations annotation annotations labels".split()}
 SETS = {*"image images img imgs set sets part parts fold folds batch patient patients case slide".split()}
 SETS |= MASKS | {*PARTS}
+TRIES = "{part}/{class} {class}/{part} {part}/{group}/{class} {part}/{class}/{group} {class}/{group}".split()
+TRIES += "{group}/**/{class}/* {class}/* {class}/*/* */{class}".split()  # patterns that may be advised
 GROUPS = 5  # fewer can't be split into five folds
 SHOWN = 10  # kinds of files left out, and folders' names that are tried in patterns
 
@@ -51,8 +54,6 @@ def open_cells(path):
             cells = open_folder(pathlib.Path(path))
         else:
             root, rows, notes = read_rows(path)
-            if bare := [image for image, row in rows.items() if not row.get("class")]:
-                raise SystemExit(f"{path}: no {{class}} or label, e.g. of {bare[0]}")
             cells = make_cells(root, pathlib.Path(root).resolve().name, rows, notes)
     except OSError as error:
         why = f"{error.filename or path}: {error.strerror or error}"
@@ -63,6 +64,10 @@ def open_cells(path):
 
 def make_cells(root, name, rows, notes=()):
     """Cells of rows {path: {"class": label, perhaps "group", "part"}}, ordered by class and path."""
+    for field in FIELDS:
+        without = [path for path in rows if not rows[path].get(field)]
+        if without and (field == "class" or len(without) < len(rows)):
+            raise SystemExit(f"{root}: no {{{field}}} of {without[0]}")
     labels = {row["class"] for row in rows.values()}
     classes = sorted(labels, key=BM_CLASSES.index) if labels <= {*BM_CLASSES} else sorted(labels)
     if len(classes) < 2:
@@ -70,24 +75,21 @@ def make_cells(root, name, rows, notes=()):
         raise SystemExit(f"{root}: {what}; at least 2 are needed: unpacked, one folder a class")
     number = {label: i for i, label in enumerate(classes)}
     paths = sorted(rows, key=lambda path: (number[rows[path]["class"]], path))
-    columns = {field: [rows[path].get(field) for path in paths] for field in FIELDS}
-    for field, values in columns.items():
-        if None in values or "" in values:
-            if any(values):
-                raise SystemExit(f"{root}: no {field} of {paths[list(map(bool, values)).index(False)]}")
-            columns[field] = None
-    parts = columns["part"]
-    if strange := {part for part in parts or () if part.lower() not in PARTS}:
-        raise SystemExit(f"{root}: no part: {', '.join(sorted(strange)[:9])}; parts are {', '.join(PARTS)}")
-    parts = parts and [PARTS[part.lower()] for part in parts]
+    targets = [number[rows[path]["class"]] for path in paths]
+    columns = {f"{field}s": [rows[path].get(field) for path in paths] for field in ("group", "part")}
+    columns = {name: column for name, column in columns.items() if any(column)}
+    if "parts" in columns:
+        strange = sorted({part for part in columns["parts"] if part.lower() not in PARTS})
+        if strange:
+            raise SystemExit(f"{root}: no part: {', '.join(strange[:9])}; parts are {', '.join(PARTS)}")
+        columns["parts"] = [PARTS[part.lower()] for part in columns["parts"]]
     similar = collections.defaultdict(list)
     for path in classes + paths:  # NFC: umlauts may be one character or, as on a Mac, two
         key = unicodedata.normalize("NFC", path)
         similar[key if path in rows else "".join(key.casefold().split())].append(path)
     similar = [", ".join(map(ascii, names)) for names in similar.values() if len(names) > 1]
     notes = [*notes, *(f"names that are almost the same: {names}" for names in similar)]
-    targets = [number[label] for label in columns["class"]]
-    return Cells(root, name, classes, paths, targets, notes, groups=columns["group"], parts=parts)
+    return Cells(root, name, classes, paths, targets, notes, **columns)
 
 
 def left_out(paths):
@@ -100,9 +102,9 @@ def left_out(paths):
         if ending in IMAGE_TYPES:
             kind = f"{os.path.basename(folder) or '.'}/{kind}"
         kinds[kind if name else f"output of these scripts ({path})"] += 1
-    kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
-    more = [f"{len(kinds) - SHOWN} kinds more"] * (len(kinds) > SHOWN)
-    return [f"{len(paths):,} files left out: {', '.join(kinds[:SHOWN] + more)}"] if paths else []
+    counts = [f"{number:,} {kind}" for kind, number in kinds.most_common(SHOWN)]
+    more = ", ..." * (len(kinds) > SHOWN)
+    return [f"{len(paths):,} files left out: {', '.join(counts)}{more}"] if paths else []
 
 
 # ---------------------------------------------------------------- patterns and tables
@@ -149,18 +151,15 @@ def read_table(file):
 
 def translate(pattern):
     """(root, regular expression of the paths below it) of a pattern; its fields are named groups."""
-    root, regex, seen = None, "", []
-    for token in WILDCARD.split(pattern.rstrip("/")):
-        brace = token in ("{{", "}}")
-        wild, field = WILDCARD.fullmatch(token) and not brace, token.strip("{}")
-        if not wild and not brace and re.search("[{}]", token):
-            raise SystemExit(f"{pattern}: a single brace in {token!r}; {{{{ and }}}} are braces themselves")
-        if wild and root is None:  # what comes before in this level belongs to the expression
-            above, slash, regex = regex.rpartition("/")
-            root, regex = above + slash, re.escape(regex)
-        if not wild:
-            text = token[:1] if brace else token
-            regex += text if root is None else re.escape(text)
+    if re.search("[{}]", WILDCARD.sub("", pattern)):
+        raise SystemExit(f"{pattern}: a single brace; {{{{ and }}}} are braces themselves")
+    wild = (found.start() for found in WILDCARD.finditer(pattern) if found[0] not in BRACES)
+    start = pattern.rfind("/", 0, next(wild, None)) + 1
+    root, regex, seen = pattern[:start].replace("{{", "{").replace("}}", "}"), "", []
+    for token in WILDCARD.split(pattern[start:].rstrip("/")):
+        field = token.strip("{}")
+        if token in BRACES or not WILDCARD.fullmatch(token):
+            regex += re.escape(BRACES.get(token, token))
         elif token[0] == "[":
             characters = re.sub(r"[\\[]", r"\\\g<0>", token[1:-1])
             regex += f"(?!/)[{re.sub('^!', '^', characters)}]"
@@ -254,25 +253,22 @@ def find_companions(paths):
 
 def ambiguity(paths):
     """Why the first folders of images may not be their classes, or not every image a cell; None if clear."""
-    firsts = collections.Counter(path.split("/")[0] for path in paths)
-    deeper = collections.Counter(path.split("/")[0] for path in {os.path.dirname(path) for path in paths})
+    folders = {*map(os.path.dirname, paths)}
+    deeper = collections.Counter(folder.split("/")[0] for folder in folders)
+    firsts = sorted(deeper)
     whole = [label for label in firsts if words(label) and words(label) <= SETS]
     numbered = len({re.sub(r"\d+", "", label) for label in firsts}) == 1 < len(firsts)
-    named = all(words(label) & SETS - {*PARTS} for label in firsts) and (
-        numbered or min(deeper.values(), default=0) > 1
-    )
-    if named or 1 < len(whole) >= len(firsts) / 2:
-        return f"{', '.join(sorted(firsts)[:3])} look like parts, patients or sets, not classes"
+    several = numbered or min(deeper.values(), default=0) > 1
+    if (several and are_sets(firsts)) or 1 < len(whole) >= len(firsts) / 2:
+        return f"{', '.join(firsts[:3])} look like parts, patients or sets, not classes"
     shared, inside, holders = find_shared(paths)
-    if inner := sorted(firsts.keys() & holders.keys()):
+    if inner := sorted(deeper.keys() & holders.keys()):
         return f"class {inner[0]} is there a second time, in {min(holders[inner[0]])}"
     if masks := [name for name in shared if words(name) & MASKS]:
         return f"{min(shared[masks[0]])} holds a folder {masks[0]}, which may be no cells"
-    held = {*itertools.chain(*shared.values())}
+    held = sorted({*itertools.chain(*shared.values())})
     if 2 * len(inside) > len(paths) and 2 * len(held) >= len(firsts):
-        return (
-            f"{', '.join(sorted(held)[:3])} hold folders of the same names ({', '.join(sorted(shared)[:5])})"
-        )
+        return f"{', '.join(held[:3])} hold folders of the same names ({', '.join(sorted(shared)[:5])})"
     if companions := sorted(find_companions(paths)):
         return f"{len(companions)} images are named as others with a suffix, e.g. {companions[0]}"
     return None
@@ -280,17 +276,16 @@ def ambiguity(paths):
 
 def suggest(root, paths):
     """Advice for an ambiguous folder: up to three patterns after which nothing is ambiguous, each tried."""
-    companions, firsts = find_companions(paths), sorted({path.split("/")[0] for path in paths})
-    tries = "{part}/{class} {class}/{part} {part}/{group}/{class} {part}/{class}/{group} {class}/{group}"
-    tries = [*f"{tries} {{group}}/**/{{class}}/* {{class}}/* {{class}}/*/* */{{class}}".split()]
-    sets = [label for label in firsts if words(label) and words(label) <= SETS - MASKS]
-    tries += [f"{escape(label)}/{{class}}" for label in sets]
+    tries, companions = [*TRIES], find_companions(paths)
+    for label in sorted({path.split("/")[0] for path in paths}):
+        if words(label) and words(label) <= SETS - MASKS:
+            tries.append(f"{escape(label)}/{{class}}")
     names = [escape(name) for name in find_shared(paths)[0] if not words(name) & MASKS]
     for name in names[:SHOWN]:
         tries += [f"{{class}}/{name}", f"{{class}}/**/{name}/*"]
-    for ending in sorted({os.path.splitext(path)[1] for path in {*paths} - companions if companions}):
-        for last in ("*", "*[0-9]", "*[!a-z]"):
-            tries += [f"{{class}}/{last}{ending}", f"{{class}}/**/{last}{ending}"]
+    endings = sorted({os.path.splitext(path)[1] for path in {*paths} - companions if companions})
+    for names in itertools.product(["{class}/"], ["", "**/"], ["*", "*[0-9]", "*[!a-z]"], endings):
+        tries.append("".join(names))
     good = {}
     for pattern in tries:
         above, regex = translate(f"/{pattern}")
@@ -301,30 +296,31 @@ def suggest(root, paths):
     advice = []
     for rows, pattern in sorted((telling or good).items(), key=lambda both: -len(both[0]))[:3]:
         classes = sorted({label for _, label in rows})
-        what = f"{len(rows):,} images, {len(classes)} classes: {', '.join(classes[:3])}"
-        advice.append(f"{shlex.quote(f'{escape(root)}/{pattern}')} ({what}{', ...' * (len(classes) > 3)})")
+        what = f"{len(rows):,} images of {', '.join(classes[:3])}" + ", ..." * (len(classes) > 3)
+        advice.append(f"{shlex.quote(f'{escape(root)}/{pattern}')} ({what})")
     return f"type --data {' or '.join(advice)}" if advice else "say which is what in a table of path,label"
 
 
 def is_clear(rows):
     """Whether the images of a pattern have classes, parts and groups to train with, and no second meaning."""
     labels, groups = {row["class"] for row in rows.values()}, {row.get("group") for row in rows.values()}
-    if len(labels) < 2 or (groups != {None} and len(groups) < GROUPS):
-        return False
-    if any(row.get("part", "test").lower() not in PARTS for row in rows.values()):
+    parts = {row.get("part", "test").lower() for row in rows.values()}
+    few = len(labels) < 2 or (groups != {None} and len(groups) < GROUPS)
+    if few or not parts <= {*PARTS} or are_sets(labels):
         return False
     below = []
     for path, row in rows.items():
-        folders = path.split("/")[:-1]
+        *folders, name = path.split("/")
         folders = folders[folders.index(row["class"]) + 1 :]
-        kept = [name for name in folders if name not in row.values()]
-        below.append("/".join([row["class"], *kept, os.path.basename(path)]))
-    distinct = len(set(below)) == len(below) or len(next(iter(rows.values()))) > 1
-    return (
-        distinct
-        and not all(words(label) & SETS - {*PARTS} for label in labels)
-        and not ambiguity([*{*below}])
-    )
+        folders = [folder for folder in folders if folder not in row.values()]
+        below.append("/".join([row["class"], *folders, name]))
+    distinct = len({*below}) == len(below) or len(row) > 1
+    return distinct and not ambiguity([*{*below}])
+
+
+def are_sets(names):
+    """Whether each folder's name has a word for a set of images other than an official part."""
+    return all(words(name) & SETS - {*PARTS} for name in names)
 
 
 def escape(text):
@@ -335,17 +331,15 @@ def escape(text):
 # ---------------------------------------------------------------- other formats
 def find_coco(folder):
     """{JSON file: its content} of the COCO detection sets at the root, among whatever else is JSON."""
-    coco, damaged = {}, []
+    contents, damaged = {}, []
     for file in sorted(folder.glob("[!.]*.json")):
         try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:
-            damaged.append(f"{file}: damaged ({error}); fetch it again")
-            continue
-        if isinstance(content, dict) and content.keys() >= COCO:
-            coco[file] = content
+            contents[file] = json.loads(file.read_bytes())
+        except ValueError:
+            damaged.append(file)
+    coco = {file: c for file, c in contents.items() if isinstance(c, dict) and c.keys() >= COCO}
     if coco and damaged:
-        raise SystemExit(damaged[0])
+        raise SystemExit(f"{damaged[0]}: damaged; fetch it again")
     return coco
 
 
@@ -354,34 +348,31 @@ def open_coco(folder, name, coco):
     import crop_boxes  # a conversion; other data sets do without the file
 
     notes, root = crop_boxes.crop_once(folder, coco), folder / ".crops"
-    rows = {}
-    for path in find_images(root)[0]:
-        label, cell = path.split("/", 1)
-        rows[path] = {"class": label, "group": re.sub(r"_[^_]*$", "", cell)}
+    rows = {path: {"class": path.split("/")[0]} for path in find_images(root)[0]}
+    for path, row in rows.items():
+        row["group"] = re.sub("_[^_]*$", "", path.split("/", 1)[1])
     return make_cells(root, name, rows, notes)
 
 
 def open_pcam(folder, name):
     """PatchCamelyon's HDF5 files; paths are train/17, valid/3, test/5. Only the labels are read now."""
     paths, parts, targets = [], [], []
-    for part, short in (("train", "train"), ("valid", "val"), ("test", "test")):
-        files = [folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy"]
-        if part == "test" and not any(file.exists() for file in files):
+    for part in ("train", "valid", "test"):
+        x, y = (folder / f"camelyonpatch_level_2_split_{part}_{kind}.h5" for kind in "xy")
+        if part == "test" and not x.exists() and not y.exists():
             continue  # nothing here uses the test part
         try:
-            x, y = (open_hdf5(str(file), os.getpid()) for file in files)
-            labels, shape = y["y"][()].reshape(-1), x["x"].shape
+            shape = open_hdf5(str(x), os.getpid())["x"].shape
+            labels = open_hdf5(str(y), os.getpid())["y"][()].reshape(-1)
         except (OSError, KeyError, AttributeError, TypeError) as error:
-            advice = f"fetch {files[0].name} and {files[1].name} again, unpacked and under these very names"
-            why = f"{error}".splitlines()[0]
-            raise SystemExit(f"{folder}: the {part} part cannot be read ({why}); {advice}") from None
-        if shape[1:] != (96, 96, 3) or len(labels) != shape[0] or not set(labels) <= {0, 1}:
-            raise SystemExit(
-                f"{files[0]}: {shape} patches and {len(labels)} labels {sorted({*labels})[:5]}; "
-                "expected [N,96,96,3] and as many labels, 0 or 1"
-            )
+            why = f"the {part} part cannot be read ({str(error).splitlines()[0]})"
+            advice = f"fetch {x.name} and {y.name} again, unpacked and under these very names"
+            raise SystemExit(f"{folder}: {why}; {advice}") from None
+        if shape != (len(labels), 96, 96, 3) or not {*labels} <= {0, 1}:
+            what = f"{shape} patches and {len(labels)} labels {sorted({*labels})[:5]}"
+            raise SystemExit(f"{x}: {what}; expected [N,96,96,3] and as many labels, 0 or 1")
         paths += [f"{part}/{i}" for i in range(len(labels))]
-        parts += [short] * len(labels)
+        parts += [PARTS[part]] * len(labels)
         targets.append(labels)
     read = functools.partial(read_patch, str(folder))
     return Cells(folder, name, ["normal", "tumour"], paths, np.concatenate(targets), read=read, parts=parts)
@@ -392,10 +383,7 @@ def open_hdf5(file, process):
     """An HDF5 file, opened once in each process, since handles don't survive a fork."""
     import h5py
 
-    try:
-        return h5py.File(file, "r")
-    except OSError:  # reading needs no lock, which a file system may not have, or another program
-        return h5py.File(file, "r", locking=False)
+    return h5py.File(file, "r", locking=False)  # a lock that a file system may not have, or another program
 
 
 def read_patch(folder, path):

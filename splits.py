@@ -199,16 +199,6 @@ def official_split(cells, seed=0):
     return parts[:, None]
 
 
-def new_split(cells):
-    """The split of Cells for which there is no file: the official one, else 5 folds."""
-    if cells.parts is not None:
-        return official_split(cells)
-    images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
-    if few := [f"{name} ({number})" for name, number in images if number < 5]:
-        print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
-    return make_splits(cells.targets, groups=cells.groups)
-
-
 def open_split(file, cells, unreadable=()):
     """(images of a split among Cells, their parts: str [N, folds]); without a file, a new one.
 
@@ -221,12 +211,16 @@ def open_split(file, cells, unreadable=()):
     with datasets.file_lock(file.with_name(".split.lock")):
         if not file.exists():
             try:
-                parts = new_split(cells)
+                official = cells.parts is not None
+                parts = official_split(cells) if official else make_splits(cells.targets, groups=cells.groups)
             except ValueError as error:
                 raise SystemExit(f"{cells.root}: {error}") from None
             write_splits(file, cells.paths, names, parts)
-            kind = "the official split" if cells.parts is not None else "new stratified split into 5 folds"
-            print(f"{file}: {kind}")
+            print(f"{file}: {'the official split' if official else 'new stratified split into 5 folds'}")
+            images = zip(cells.classes, np.bincount(cells.targets, minlength=len(cells.classes)))
+            few = [f"{name} ({number})" for name, number in images if number < 5]
+            if few and not official:
+                print(f"  fewer than 5 images, so not tested in each fold: {', '.join(few)}", file=sys.stderr)
     paths, labels, parts = read_splits(file, cells.paths.tolist())
     gone = sorted(set(paths) - set(cells.paths) - set(unreadable))
     if gone:
@@ -238,9 +232,9 @@ def open_split(file, cells, unreadable=()):
     if len(wrong):
         what = f"{len(wrong)} labels differ from the class folders, e.g. of {wrong[0]}"
         raise SystemExit(f"{file}: {what}; correct it or remove it")
-    if (rows < 0).any():
-        what = f"{(rows < 0).sum()} images of {cells.root} are not in it: left out"
-        print(f"{file}: {what}, e.g. {cells.paths[rows < 0][0]}", file=sys.stderr)
+    if len(missing := cells.paths[rows < 0]):
+        what = f"{len(missing)} images of {cells.root} are not in it: left out, e.g. {missing[0]}"
+        print(f"{file}: {what}", file=sys.stderr)
     return cells.subset(rows >= 0), parts[rows[rows >= 0]]
 
 
@@ -293,7 +287,7 @@ def main():
     parser.add_argument("--data", default="data/bm", help="folder, pattern or table of the data set")
     parser.add_argument("--out", default="runs/split.csv", help="CSV to write")
     parser.add_argument(
-        "--folds", type=int, help="each image is tested in one (default: 5, or official parts)"
+        "--folds", type=int, help="each image is tested in one (default: official parts or 5)"
     )
     parser.add_argument("--val", type=float, default=0.2, help="validation share of what is not tested")
     parser.add_argument("--seed", type=int, default=0)
@@ -310,9 +304,8 @@ def main():
             cells.groups = None if groups is None else np.asarray(groups)
             parts = official_split(cells, args.seed)
         else:
-            parts = make_splits(
-                cells.targets, 5 if args.folds is None else args.folds, args.val, args.seed, groups
-            )
+            folds = 5 if args.folds is None else args.folds
+            parts = make_splits(cells.targets, folds, args.val, args.seed, groups)
             if cells.parts is not None:
                 print("the official parts are pooled: their boundary is given up", file=sys.stderr)
         twins = read_twins(pathlib.Path(args.out).parent, cells.name, paths)

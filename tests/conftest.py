@@ -122,6 +122,39 @@ def run():
 
 
 @pytest.fixture
+def watched_inputs(monkeypatch, tmp_path):
+    """Call a script's main() for one epoch of a small network in this process: the batches, normalised, that
+    the network was trained on."""
+    import torch
+
+    import models
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # which would outlive the test
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    inputs, build = [], models.build_model
+
+    def watch(net, args):
+        if net.training and args[0].device.type != "meta":  # models.check_forward
+            inputs.append(args[0].detach().clone())
+
+    def build_watched(*args, **kwargs):
+        net = build(*args, **kwargs)
+        net.register_forward_pre_hook(watch)
+        return net
+
+    def call(script, *arguments):
+        inputs.clear()
+        options = "--model shufflenet_v2_x0_5 --epochs 1 --batch-size 16 --lr 0.01 --amp off --device cpu"
+        options = [*options.split(), "--workers", "0", "--runs", str(tmp_path / "runs")]
+        monkeypatch.setattr(models, "build_model", build_watched)
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments), *options])
+        assert script.main() == 0
+        return inputs
+
+    return call
+
+
+@pytest.fixture
 def without_rights():
     """(a new folder that all can reach, a context manager in which this process is nobody, not root)."""
 

@@ -1,20 +1,15 @@
 """Augmentation by section 2.3: crop, rotation, horizontal flip, vertical flip, in one warp, with the paper's
 distributions.
 
-Truth comes from torchvision: its RandomResizedCrop and RandomRotation for the distributions (two-sample
-Kolmogorov-Smirnov
-tests), its crop, resize with antialiasing, rotate, hflip and vflip in turn for the pictures (synthetic cells
-and slides),
-its ToTensor and Normalize for the numbers that a network gets. What `augment` did is read off the pixels of a
-picture
-whose colours say where they come from, a ruler that is itself tried on torchvision. All streams are seeded,
-so a p-value
-below 0.001 is a fault and not bad luck.
+Truth comes from torchvision: RandomResizedCrop and RandomRotation for the distributions (two-sample
+Kolmogorov-Smirnov tests), its crop, resize with antialiasing, rotate, hflip and vflip in turn for the
+pictures, its ToTensor and Normalize for the numbers. What `augment` did is read off the pixels of a picture
+whose colours say where they come from, a ruler that is itself tried on torchvision. All streams are seeded:
+a p-value below 0.001 is a fault and not bad luck.
 """
 
 import functools
 import itertools
-import sys
 
 import cv2
 import demo_data
@@ -30,11 +25,7 @@ import datasets
 F = v2.functional
 ALPHA = 0.001
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)  # the paper, 2.3, its 1.33 as torchvision's own 4/3
-SHAPES = [
-    (250, 250),
-    (96, 240),
-    (240, 60),
-]  # square, elongated, and so elongated that torchvision often falls back
+SHAPES = [(250, 250), (96, 240), (240, 60)]  # the last so elongated that torchvision often falls back
 
 
 @functools.cache
@@ -70,10 +61,8 @@ def boxes(image, height, width, number, seed):
     """Random boxes of this size or a quarter more where there is room, angles and flips for warp."""
     rng = np.random.default_rng(seed)
     for _ in range(number):
-        h, w = (
-            min(image.shape[0], round(height * rng.uniform(1, 1.25))),
-            min(image.shape[1], round(width * rng.uniform(1, 1.25))),
-        )
+        h = min(image.shape[0], round(height * rng.uniform(1, 1.25)))
+        w = min(image.shape[1], round(width * rng.uniform(1, 1.25)))
         top, left = rng.integers(image.shape[0] - h + 1), rng.integers(image.shape[1] - w + 1)
         yield (int(top), int(left), h, w), rng.uniform(0, 180), bool(rng.integers(2)), bool(rng.integers(2))
 
@@ -86,9 +75,9 @@ def boxes(image, height, width, number, seed):
         ("cells", 130, 110, 224, 0.5, 30, 1.2),  # magnified twice
         ("slides", 400, 90, 128, 0.5, 30, 1.2),  # reduced one way and magnified the other
         ("cells", 250, 250, 224, 0.001, 1, 0.001),  # reduced a little
-        ("slides", 500, 640, 128, 0.001, 1, 0.001),
+        ("slides", 500, 640, 128, 0.001, 1, 0.001),  # reduced 4 times
     ],
-)  # reduced 4 times
+)
 def test_the_picture_is_that_of_torchvisions_crop_resize_rotate_and_flips(
     kind, height, width, size, mean, greatest, everywhere
 ):
@@ -103,15 +92,10 @@ def test_the_picture_is_that_of_torchvisions_crop_resize_rotate_and_flips(
         for parameters in boxes(image, height, width, 6, seed=number):
             inside, _ = covered(image, size, *parameters)
             assert inside.mean() > 0.4
-            ours, theirs = (
-                make(image, size, *parameters).astype(int) for make in (datasets.warp, by_torchvision)
-            )
-            difference = np.abs(ours - theirs)
-            assert (
-                difference[inside].mean() < mean
-                and difference[inside].max() <= greatest
-                and difference.mean() < everywhere
-            )
+            theirs = by_torchvision(image, size, *parameters).astype(int)
+            difference = np.abs(datasets.warp(image, size, *parameters) - theirs)
+            assert difference[inside].mean() < mean and difference[inside].max() <= greatest
+            assert difference.mean() < everywhere
 
 
 def test_corners_that_the_rotation_uncovers_are_black():
@@ -123,9 +107,8 @@ def test_corners_that_the_rotation_uncovers_are_black():
         ours = datasets.warp(image, 224, box, angle, flip_x, flip_y)
         assert (ours[inside] == 255).all() and (ours[outside] == 0).all()
     diagonal = datasets.warp(image, 224, (0, 0, 250, 250), 45)
-    assert (diagonal == 0).all(-1).mean() == pytest.approx(1 - (2 * np.sqrt(2) - 2), abs=0.01), (
-        "a regular octagon is left"
-    )
+    octagon = 2 * np.sqrt(2) - 2  # a regular one is left
+    assert (diagonal == 0).all(-1).mean() == pytest.approx(1 - octagon, abs=0.01)
 
 
 def test_the_rotation_comes_before_the_flips():
@@ -135,9 +118,8 @@ def test_the_rotation_comes_before_the_flips():
         inside, _ = covered(image, size, box, angle, *flips)
         ours = datasets.warp(image, size, box, angle, *flips).astype(int)
         swapped = F.crop(torch.from_numpy(image.copy()).permute(2, 0, 1), *box)
-        swapped = (F.horizontal_flip if flips[0] else F.vertical_flip)(
-            F.resize(swapped, [size, size], antialias=True)
-        )
+        swapped = F.resize(swapped, [size, size], antialias=True)
+        swapped = F.horizontal_flip(swapped) if flips[0] else F.vertical_flip(swapped)
         swapped = F.rotate(swapped, angle, InterpolationMode.BILINEAR).permute(1, 2, 0).numpy()
         assert np.abs(ours - by_torchvision(image, size, box, angle, *flips))[inside].mean() < 0.25
         assert np.abs(ours - swapped)[inside].mean() > 10
@@ -172,47 +154,33 @@ def test_stripes_finer_than_a_pixel_become_grey_and_do_not_alias(height, width):
     rows, columns = np.indices((height, width))
     for pattern in (columns % 2, rows % 2, (rows + columns) % 2):
         image = np.repeat((pattern * 255).astype(np.uint8)[..., None], 3, 2)
-        inside, _ = covered(image, 64, (0, 0, height, width), 30, False, True)
-        assert np.abs(datasets.resize(image, 64)[1:-1, 1:-1].astype(int) - 127.5).max() < 16
-        assert (
-            np.abs(
-                datasets.warp(image, 64, (0, 0, height, width), 30, False, True)[inside].astype(int) - 127.5
-            ).max()
-            < 16
-        )
+        parameters = (0, 0, height, width), 30, False, True
+        inside, _ = covered(image, 64, *parameters)
+        for grey in (datasets.resize(image, 64)[1:-1, 1:-1], datasets.warp(image, 64, *parameters)[inside]):
+            assert np.abs(grey - 127.5).max() < 16
         bare = cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR)
         nearest = image[:: height // 64, :: width // 64]
-        assert max(np.abs(some.astype(int) - 127.5).max() for some in (bare, nearest)) > 100, (
-            "the pattern could tell"
-        )
+        assert max(np.abs(grey - 127.5).max() for grey in (bare, nearest)) > 100, "the pattern could tell"
 
 
 # ---------------------------------------------------------------- validation and numbers
+def in_memory(images):
+    """Cells of {path: image}, of classes a and b in turn."""
+    targets = np.arange(len(images)) % 2
+    return datasets.Cells(".", "memory", ["a", "b"], list(images), targets, read=images.__getitem__)
+
+
 @pytest.mark.parametrize("size", [224, 64])
 def test_validation_pictures_are_resized_alone_to_torchvisions_very_pixels(size):
     """Equal to resize(antialias=True) of uint8 tensors in every pixel, and to Pillow's bilinear resize within
     1 grey level."""
-    images = {
-        f"{i}": image
-        for i, image in enumerate(
-            [
-                *pictures("cells"),
-                pictures("slides")[0],
-                pictures("slides")[1][:90, :400],
-                demo_data.draw_patch(0, "train", 1)[0],
-                pictures("cells")[0][:3, :7],
-            ]
-        )
-    }
-    cells = datasets.Cells(
-        ".", "memory", ["a", "b"], list(images), np.arange(len(images)) % 2, read=images.__getitem__
-    )
+    slide, other = pictures("slides")
+    images = [*pictures("cells"), slide, other[:90, :400], demo_data.draw_patch(0, "train", 1)[0]]
+    images = {str(i): image for i, image in enumerate([*images, pictures("cells")[0][:3, :7]])}
+    cells = in_memory(images)
     batch, labels = datasets.Batches(cells, size).__getitems__(range(len(cells)))
-    assert (
-        batch.dtype == torch.uint8
-        and batch.shape == (len(images), 3, size, size)
-        and labels.tolist() == cells.targets.tolist()
-    )
+    assert batch.dtype == torch.uint8 and batch.shape == (len(images), 3, size, size)
+    assert labels.tolist() == cells.targets.tolist()
     for ours, image in zip(batch, images.values(), strict=True):
         theirs = F.resize(torch.from_numpy(image.copy()).permute(2, 0, 1), [size, size], antialias=True)
         assert torch.equal(ours, theirs)
@@ -224,11 +192,8 @@ def test_normalise_is_torchvisions_to_tensor_and_normalize():
     """Of all 256 grey levels in every channel, with the paper's mean and std of the bone marrow cells, to
     1e-5."""
     mean, std = (0.5630, 0.4959, 0.7353), (0.2421, 0.2835, 0.1767)
-    levels = (
-        np.random.default_rng(0)
-        .permuted(np.tile(np.arange(256, dtype=np.uint8), (2, 3, 4)), axis=2)
-        .reshape(2, 3, 32, 32)
-    )
+    levels = np.tile(np.arange(256, dtype=np.uint8), (2, 3, 4))
+    levels = np.random.default_rng(0).permuted(levels, axis=2).reshape(2, 3, 32, 32)
     usual = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     theirs = torch.stack([usual(Image.fromarray(image.transpose(1, 2, 0))) for image in levels])
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -242,11 +207,8 @@ def ruler(height, width):
     """A picture whose red says in which column a pixel lies, its green in which row; blue is 255
     everywhere."""
     rows, columns = np.indices((height, width))
-    return (
-        np.stack([columns * 255 / (width - 1), rows * 255 / (height - 1), np.full((height, width), 255)], -1)
-        .round()
-        .astype(np.uint8)
-    )
+    channels = [columns * 255 / (width - 1), rows * 255 / (height - 1), np.full((height, width), 255)]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def read_ruler(picture, height, width):
@@ -259,9 +221,8 @@ def read_ruler(picture, height, width):
     size = len(picture)
     v, u = 2 * np.array(np.nonzero(picture[::2, ::2, 2] >= 254))
     places = picture[v, u, :2] * (np.array([width - 1, height - 1]) / 255)
-    fit = np.linalg.lstsq(
-        np.column_stack([u, v, np.ones(len(u))]) - [(size - 1) / 2, (size - 1) / 2, 0], places, rcond=None
-    )[0].T
+    centred = np.column_stack([u - (size - 1) / 2, v - (size - 1) / 2, np.ones(len(u))])
+    fit = np.linalg.lstsq(centred, places, rcond=None)[0].T
     w, h = np.rint(size * np.hypot(fit[:, 0], fit[:, 1]))
     (cos_x, sin_x), (sin_y, cos_y) = fit[:, :2] * size / np.array([[w], [h]])
     flip_x, flip_y = sin_y < 0, sin_x > 0
@@ -274,9 +235,8 @@ def seen(height, width, crop=True, number=1000, size=64):
     """What augment did to the ruler at some positions of an epoch: read_ruler's columns, [number, 7]."""
     image = ruler(height, width)
     rng = np.random.default_rng(9 + crop)
-    return np.array(
-        [read_ruler(datasets.augment(image, size, rng, crop), height, width) for _ in range(number)]
-    )
+    made = (datasets.augment(image, size, rng, crop) for _ in range(number))
+    return np.array([read_ruler(picture, height, width) for picture in made])
 
 
 @functools.cache
@@ -292,15 +252,9 @@ def measures(crops, height, width):
     has room to move."""
     top, left, h, w = crops.T[:4]
     room = {"place from the top": (top, height - h), "place from the left": (left, width - w)}
-    return {
-        "area": h * w / (height * width),
-        "ratio": w / h,
-        "width": w,
-        "height": h,
-        "top": top,
-        "left": left,
-        **{name: (place / space.clip(1))[space >= 5] for name, (place, space) in room.items()},
-    }
+    places = {name: (place / space.clip(1))[space >= 5] for name, (place, space) in room.items()}
+    area = h * w / (height * width)
+    return places | {"area": area, "ratio": w / h, "width": w, "height": h, "top": top, "left": left}
 
 
 @pytest.mark.parametrize("height, width", SHAPES)
@@ -353,9 +307,7 @@ def test_angles_are_distributed_as_torchvisions_random_rotation_by_0_to_180_degr
     ours = seen(250, 250, crop)[:, 4]
     assert stats.ks_2samp(ours, theirs)[1] > ALPHA
     assert 0 <= ours.min() < 1 and 179 < ours.max() <= 180.5
-    assert stats.ks_2samp(np.array(theirs) * 0.9, theirs)[1] < ALPHA, (
-        "the comparison could tell 0-162 degrees"
-    )
+    assert stats.ks_2samp(np.array(theirs) * 0.9, theirs)[1] < ALPHA, "it could tell 0-162 degrees"
 
 
 def test_half_of_the_pictures_are_flipped_each_way_independently():
@@ -366,7 +318,7 @@ def test_half_of_the_pictures_are_flipped_each_way_independently():
     for flipped in flips.sum(0):
         assert stats.binomtest(int(flipped), len(flips), 0.5).pvalue > ALPHA
     assert stats.binomtest(round(0.45 * len(flips)), len(flips), 0.5).pvalue < ALPHA / 10, (
-        "a probability of 0.45 could be told"
+        "it could tell 0.45"
     )
 
 
@@ -394,49 +346,14 @@ def target(height, width):
     under any turn and flip."""
     rows, columns = np.indices((height, width))
     radius = np.hypot((rows + 0.5) / height * 2 - 1, (columns + 0.5) / width * 2 - 1)
-    return np.repeat(
-        np.select([radius < 0.5, radius < 0.97], [0, 255], 100).astype(np.uint8)[..., None], 3, 2
-    )
+    return np.dstack([np.select([radius < 0.5, radius < 0.97], [0, 255], 100).astype(np.uint8)] * 3)
 
 
 @pytest.fixture
-def watched(monkeypatch, tmp_path):
+def watched(watched_inputs, tmp_path):
     """Call a script's main() in this process: returns the pictures, float [N,3,H,W] normalised, that its
     network was trained on."""
-    import models
-
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # which would outlive the test
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    inputs, build = [], models.build_model
-
-    def build_watched(*args, **kwargs):
-        net = build(*args, **kwargs)
-
-        def keep(net, args):
-            if net.training and args[0].device.type == "cpu":
-                inputs.append(args[0].detach().clone())
-
-        net.register_forward_pre_hook(keep)
-        return net
-
-    def call(script, *arguments):
-        inputs.clear()
-        monkeypatch.setattr(models, "build_model", build_watched)
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                f"{script.__name__}.py",
-                *map(str, arguments),
-                *"--model shufflenet_v2_x0_5 --epochs 1 --image-size 48 --batch-size 16 --lr 0.01".split(),
-                *"--amp off --device cpu --workers 0 --runs".split(),
-                str(tmp_path / "runs"),
-            ],
-        )
-        assert script.main() == 0
-        return torch.cat(inputs).numpy()
-
-    return call
+    return lambda *arguments: torch.cat(watched_inputs(*arguments, "--image-size", 48)).numpy()
 
 
 def test_pretraining_sees_whole_images_and_fine_tuning_crops(watched, tmp_path):
@@ -453,18 +370,10 @@ def test_pretraining_sees_whole_images_and_fine_tuning_crops(watched, tmp_path):
     flat = (cv2.erode(whole, np.ones((5, 5))) == cv2.dilate(whole, np.ones((5, 5)))) & (whole != 100)
     seen_whole = {}
     for script, init in ((pretrain, "targets"), (train, "random")):
-        images = watched(
-            script,
-            "--data",
-            tmp_path / "targets",
-            "--init",
-            init,
-            *(["--fold", 0] if script is train else []),
-        )[:, 0]
+        fold = ["--fold", 0] if script is train else []
+        images = watched(script, "--data", tmp_path / "targets", "--init", init, *fold)[:, 0]
         levels = (images - images.min()) / np.ptp(images) * 255
-        assert len(images) >= 16 and np.median(levels[:, 0, 0]) < 1, (
-            "rotation uncovers most of the corners, which are black"
-        )
+        assert len(images) >= 16 and np.median(levels[:, 0, 0]) < 1, "rotation uncovers most of the corners"
         seen_whole[script] = (np.abs(levels - whole)[:, flat] < 64).all(1)
     assert seen_whole[pretrain].all() and seen_whole[train].mean() < 0.2
 
@@ -472,27 +381,18 @@ def test_pretraining_sees_whole_images_and_fine_tuning_crops(watched, tmp_path):
 # ---------------------------------------------------------------- keyed draws
 def memory(number=40, size=50):
     """Random images in memory."""
-    images = {
-        str(i): np.random.default_rng(i).integers(256, size=(size, size, 3), dtype=np.uint8)
-        for i in range(number)
-    }
-    return datasets.Cells(
-        ".", "memory", ["a", "b"], list(images), np.arange(number) % 2, read=images.__getitem__
-    )
+    draw = {str(i): np.random.default_rng(i) for i in range(number)}
+    return in_memory({i: rng.integers(256, size=(size, size, 3), dtype=np.uint8) for i, rng in draw.items()})
 
 
 @pytest.mark.parametrize("crop", [True, False])
 def test_a_position_is_augmented_alike_however_the_epoch_is_divided_into_batches(crop):
-    batches, indices = (
-        datasets.Batches(memory(), 24, seed=3, fold=2, crop=crop),
-        np.random.default_rng(0).integers(40, size=96),
-    )
+    batches = datasets.Batches(memory(), 24, seed=3, fold=2, crop=crop)
+    indices = np.random.default_rng(0).integers(40, size=96)
     whole = batches.__getitems__((4, 0, indices))[0]
     for size in (1, 7, 32):
-        parts = [
-            batches.__getitems__((4, first, indices[first : first + size]))[0] for first in range(0, 96, size)
-        ]
-        assert torch.equal(torch.cat(parts), whole)
+        keys = [(4, first, indices[first : first + size]) for first in range(0, 96, size)]
+        assert torch.equal(torch.cat([batches.__getitems__(key)[0] for key in keys]), whole)
 
 
 def test_one_image_is_augmented_differently_by_seed_fold_epoch_and_position():
@@ -507,8 +407,7 @@ def test_one_image_is_augmented_differently_by_seed_fold_epoch_and_position():
 def test_neighbouring_positions_epochs_folds_and_seeds_are_augmented_independently():
     """Keys that differ by 1 in one place: the angles that a batch's pictures were turned by are
     uncorrelated."""
-    image = {"0": ruler(32, 32)}
-    cells = datasets.Cells(".", "memory", ["a"], list(image), [0], read=image.__getitem__)
+    cells = in_memory({"0": ruler(32, 32)})
 
     def angles(seed, fold, epoch, first, number=500):
         batch = datasets.Batches(cells, 32, seed, fold, crop=False)
@@ -520,9 +419,7 @@ def test_neighbouring_positions_epochs_folds_and_seeds_are_augmented_independent
     for key in ((2, 1, 5, 0), (1, 2, 5, 0), (1, 1, 6, 0), (1, 1, 5, 500)):
         assert stats.spearmanr(base, angles(*key))[1] > ALPHA, key
     assert stats.spearmanr(base[:-1], base[1:])[1] > ALPHA
-    assert np.array_equal(base[1:], angles(1, 1, 5, 1, 499)), (
-        "the position in the epoch decides, not the batch"
-    )
+    assert np.array_equal(base[1:], angles(1, 1, 5, 1, 499)), "the position decides, not the batch"
 
 
 def test_a_further_augmentation_may_draw_as_it_likes(monkeypatch):

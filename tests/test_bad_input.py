@@ -163,502 +163,253 @@ def begun(folder, kit):
     saved(lambda best: best, f"runs/pretrain/{MODEL}/cd/best.pt")(folder, kit)
 
 
-def case(name, command, status, words, prepare=None):
-    """A row of the table: words, separated by |, are all in the last line of stderr."""
-    return pytest.param(command, status, words, prepare, id=name)
+# name :: command, its first word one of the above :: words that are all in the last line of stderr
+BAD_ARGUMENTS = """\
+unknown model :: TRAIN --model resnet_50 :: resnet_50: no classification model
+no model :: train.py --init random :: required: --model
+unknown init :: TRAIN --init imagnet :: --init imagnet|imagenet+cd|{tmp}/runs/pretrain
+init named by a path :: TRAIN --init ../mine=x.pt :: --init ../mine=x.pt|NAME=PATH
+fold out of range :: TRAIN --fold 9 :: --fold 9|folds 0 to 4
+fold below 0 :: TRAIN --fold 0 -1 :: --fold 0 -1|folds 0 to 4
+epochs below 0 :: TRAIN --epochs -1 :: --epochs -1|at least 1
+half an epoch :: TRAIN --epochs 1.5 :: --epochs|'1.5'|int
+batch of 0 :: TRAIN --batch-size 0 :: --batch-size 0|at least 1
+rate below 0 :: TRAIN --lr -1 :: --lr -1|above 0
+rate no number :: TRAIN --lr fast :: --lr fast|auto or a number
+rate nan :: TRAIN --lr nan :: --lr nan|auto or a number
+images of 0 pixels :: TRAIN --image-size 0 :: --image-size 0|at least 1
+alexnet at 32 :: TRAIN --model alexnet --image-size 32 :: alexnet cannot be trained|of 32 pixels
+Inception at 64 :: TRAIN --model inception_v3 --image-size 64 :: cannot be trained|of 64 pixels
+ViT patch :: TRAIN --model vit_b_16 --image-size 100 :: cannot be trained|of 100 pixels
+a batch of 1 :: TRAIN --model resnet18 --image-size 32 --batch-size 1 :: with 1 images|1 value
+workers below 0 :: TRAIN --workers -1 :: --workers -1|whole number
+unknown device :: TRAIN --device gpu :: --device gpu|cuda:1
+no CUDA :: TRAIN --device cuda :: no such CUDA device|--device cpu
+unknown precision :: TRAIN --amp half :: --amp|'half'|bf16
+stop-lr above 1 :: TRAIN --stop-lr 2 :: --stop-lr 2|from 0 to 1
+stop-lr with a cosine :: TRAIN --stop-lr 0.1 --schedule cosine :: --stop-lr 0.1|unless|plateau
+row named by a path :: TRAIN --name ../mine :: --name ../mine|letters
+unknown optimizer :: TRAIN --optimizer lion :: --optimizer|lion|adamw
+seed below 0 :: TRAIN --seed -1 :: --seed -1|at least 0
+unknown weights :: TRAIN --init imagenet --weights IMAGENET1K_V9 :: IMAGENET1K_V9
+unknown option :: TRAIN --momentum 0.8 :: unrecognized arguments: --momentum
+pre-training for random :: PRETRAIN --init random :: --init random|imagenet+
+pre-training from another :: PRETRAIN --init pcam+cd :: --init pcam+cd|imagenet+
+pre-training without epochs :: PRETRAIN --epochs 0 :: --epochs 0|at least 1
+one fold :: SPLITS --folds 1 :: folds 1|at least 2
+validation share above 1 :: SPLITS --val 1.5 :: val 1.5|between 0 and 1
+regular expression :: SPLITS --groups '([' :: --groups ([|regular expression
+datasets without a folder :: datasets.py --data :: --data|expected at least one argument
+evaluate, unknown option :: EVALUATE --model resnet18 :: unrecognized arguments: --model
+gradcam, model without init :: gradcam.py --model resnet18 :: --model and --init go together
+gradcam, unknown device :: FIGURES --device cpu:x :: --device cpu:x|use cpu
+gradcam, no cell :: FIGURES --count 0 :: --count 0|at least 1
+predict without anything :: predict.py :: --checkpoint, --images and --out
+predict, unknown device :: JUDGE --device gpu :: --device gpu|use cpu
+fetch an unknown model :: models.py --fetch resnet_50 :: resnet_50: no classification model
+fetch unknown weights :: models.py --fetch resnet18 --weights V9 :: V9
+one group :: SPLITS --groups png :: 1 groups are too few for 5 folds
+"""
+BAD_DATA = """\
+no bm :: TRAIN --data {tmp}/bm :: {tmp}/bm: no such folder|TCIA|unpack it there
+no cd :: PRETRAIN --init cd --data {tmp}/cd :: {tmp}/cd: no such folder|github.com/kuku-sichuan
+no pcam :: DATASETS {tmp}/pcam :: {tmp}/pcam: no such folder|github.com/basveeling/pcam
+no folder of one's own :: SPLITS --data {tmp}/mine :: {tmp}/mine: no such folder|--data
+empty folder :: TRAIN --data {tmp}/bm :: {tmp}/bm: 0 class(es) with images|at least 2
+a file :: TRAIN --data {tmp}/bm :: {tmp}/bm: no table of path
+class folders in parts :: TRAIN --data {tmp}/bm :: {tmp}/bm: |look like parts|type --data \
+'{tmp}/bm/{{part}}/{{class}}'
+a pattern without a class :: TRAIN --data '{tmp}/*/*.png' :: fits none|below {tmp}
+a part that is none :: SPLITS --data '{cells}/{{part}}/[0-4].png' :: no {{class}} of A/0.png
+a table without its images :: DATASETS {tmp}/cells.csv :: {tmp}/cells.csv: none of its 1 rows has an \
+image|e.g. x.png
+one class :: TRAIN --data {tmp}/bm :: {tmp}/bm/A: 0 class(es)|8 ./*.png
+no image to validate with :: TRAIN --data {tmp}/bm :: {tmp}/bm
+all images unreadable :: TRAIN --data {tmp}/bm :: {tmp}/bm: none of the 1 images of class A can be \
+read|A/1.jpg
+images gone bad since :: TRAIN --data {tmp}/bm :: {tmp}/bm: none of the 8 images of class A can be read
+pass over the data damaged :: TRAIN :: runs/data/cells.json: damaged|remove it
+split cut short :: TRAIN :: {tmp}/runs/split.csv|train, val or test
+split with other columns :: TRAIN :: {tmp}/runs/split.csv
+split with other images :: TRAIN :: {tmp}/runs/split.csv: 2 of its 2 images are not in {cells}|A/x.png
+split with other labels :: TRAIN :: {tmp}/runs/split.csv: 1 labels differ|A/0.png
+split without training images :: TRAIN :: 0 images to train on|split.csv
+split without validation images :: TRAIN :: 0 to validate with|split.csv
+another split stands there :: SPLITS --seed 1 :: {tmp}/split.csv: another split|remove it
+groups that lack images :: SPLITS --groups {tmp}/g.csv :: no group for 23 of 24 images|A/1.png
+groups with other columns :: SPLITS --groups {tmp}/g.csv :: {tmp}/g.csv|path,group
+groups that are not there :: SPLITS --groups groups.csv :: groups.csv: cannot be read
+runs is a file :: TRAIN :: {tmp}/runs/|Not a directory|--runs
+runs can't be made :: PRETRAIN --runs /proc/nothing/runs :: /proc/nothing
+a run's folder is a file :: TRAIN :: {tmp}/runs/{fold}|--runs
+datasets' runs is a file :: DATASETS {cells} :: {tmp}/runs|Not a directory
+split can't be written :: SPLITS --out /proc/nothing/split.csv :: /proc/nothing/split.csv: cannot be \
+written|--out
+split is a folder :: SPLITS --out {cells} :: {cells}: cannot be read|Is a directory
+evaluate's results is a file :: EVALUATE :: {tmp}/runs/results/table4.csv can't be written|File exists
+report's results is a file :: REPORT :: {tmp}/runs/results/|can't be written|File exists
+gradcam's results is a file :: FIGURES :: {tmp}/runs/results: File exists
+predict's out is a file :: JUDGE --out {tmp}/o :: {tmp}/o: File exists
+COCO file cut short :: DATASETS {tmp}/cd :: {tmp}/cd/train.json: damaged|fetch it again
+COCO images without names :: DATASETS {tmp}/cd :: {tmp}/cd/train.json|'file_name'
+COCO without its images :: DATASETS {tmp}/cd :: {tmp}/cd: no box
+COCO of two cells a class :: PRETRAIN --init cd --data {tmp}/cd :: {tmp}/cd|at least 5
+PCam cut short :: PRETRAIN --init pcam --data {tmp}/pcam :: {tmp}/pcam: the train part|truncated|fetch \
+{pcam}_train_x.h5
+PCam file missing :: DATASETS {tmp}/pcam :: {tmp}/pcam: the valid part|{pcam}_valid_y.h5|No such file|fetch
+PCam file is a web page :: DATASETS {tmp}/pcam :: the train part|signature|fetch {pcam}_train_x.h5
+PCam of another size :: DATASETS {tmp}/pcam :: {pcam}_train_x.h5
+no new images :: JUDGE --images {tmp}/bm :: {tmp}/bm: no image found
+no new image readable :: JUDGE --images {tmp}/bm :: {tmp}/bm: none of 2 images
+figures of other data :: FIGURES --data {tmp}/bm :: {tmp}/bm: no test image|--data
+init's file is missing :: TRAIN --init mine={tmp}/none.pt :: {tmp}/none.pt|no file|best.pt
+init's path is empty :: TRAIN --init mine= :: --init mine=|no file|best.pt
+another program's :: START :: {tmp}/best.pt: not the weights of|Missing key(s)|name a best.pt
+pickled code :: START :: {tmp}/best.pt: damaged|holds more than tensors|nothing of it was run
+cut short :: START :: {tmp}/best.pt: damaged or cut short
+cut after its first page :: START :: {tmp}/best.pt: damaged or cut short
+of another model :: START --model resnet18 :: {tmp}/best.pt: not the weights of resnet18
+with a tensor missing :: START :: {tmp}/best.pt: not the weights|Missing key(s)|conv1.0.weight
+pre-training not begun :: TRAIN --init cd :: no finished pre-training
+pre-training not finished :: TRAIN --init cd :: {tmp}/runs/pretrain/{model}/cd: no finished pre-training
+last.pt cut short :: TRAIN :: {fold}/last.pt: damaged or of another version|remove
+last.pt of another program :: TRAIN :: {fold}/last.pt: damaged or of another version|KeyError|remove
+config.json cut short :: TRAIN :: {fold}/config.json: damaged|remove it
+predict, missing :: JUDGE :: {tmp}/best.pt: No such file|best.pt that train.py
+predict, another program's :: JUDGE :: {tmp}/best.pt: no checkpoint of ours
+predict, pickled code :: JUDGE :: {tmp}/best.pt: damaged
+predict, of other classes :: JUDGE :: {tmp}/best.pt|size mismatch
+gradcam, best.pt of a fold gone :: FIGURES :: {tmp}/runs/{fold}/best.pt: No such file
+predict, two that don't fit :: JUDGE --checkpoint {tmp}/best.pt {tmp}/other.pt :: {tmp}/other.pt: of \
+different classes
+evaluate, nothing there :: EVALUATE :: {tmp}/runs: no finished run
+evaluate, all cut short :: EVALUATE :: {tmp}/runs: no finished run in train/
+evaluate, split cut short :: EVALUATE :: {tmp}/runs/split.csv: has folds other than train
+compare with another table :: EVALUATE --compare {tmp}/t.csv :: {tmp}/t.csv: is no table4.csv|model,init
+compare with words for numbers :: EVALUATE --compare {tmp}/t.csv :: {tmp}/t.csv: could not convert|'high
+compare with nothing :: EVALUATE --compare {tmp}/t.csv :: {tmp}/t.csv: No such file
+compare with a picture :: EVALUATE --compare {cells}/A/0.png :: {cells}/A/0.png:
+report, no folder :: REPORT :: {tmp}/runs: no such folder|--runs
+report, all cut short :: REPORT :: {tmp}/runs/{predictions}: ends in the middle|no other fold
+report, split of another program :: REPORT :: {tmp}/runs/split.csv: is no table of path,label
+report, unknown model :: REPORT --model alexnet :: no finished fold of alexnet
+gradcam, no run at all :: gradcam.py --runs {tmp}/runs :: {tmp}/runs/results/table4.csv: no such \
+file|evaluate.py
+gradcam, no run :: FIGURES :: {tmp}/runs/train/{model}/random: no finished fold|train.py
+gradcam, cut short :: FIGURES :: {tmp}/runs/{predictions}
+gradcam, empty :: FIGURES :: {tmp}/runs/{predictions}|invalid predictions
+gradcam, a class of none :: FIGURES :: {tmp}/runs/{predictions}|another class
+gradcam, unknown class :: FIGURES --classes FGC :: FGC: no class (A, B, C)
+gradcam, unknown image :: FIGURES --paths A/99.png :: A/99.png
+map to no class :: JUDGE --map {tmp}/m.csv :: {tmp}/m.csv: FGC is no class of A, B, C
+map of one column :: JUDGE --map {tmp}/m.csv :: {tmp}/m.csv|two columns
+map is missing :: JUDGE --map {tmp}/m.csv :: {tmp}/m.csv|No such file
+prior without a class :: JUDGE --prior {tmp}/p.csv :: {tmp}/p.csv|A, B, C|'C'
+prior below 0 :: JUDGE --prior {tmp}/p.csv :: {tmp}/p.csv|at least 0
+prior in words :: JUDGE --prior {tmp}/p.csv :: {tmp}/p.csv|'rare'
+"""
+PREPARE = {
+    "empty folder": empty,
+    "a file": put("bm", "tar"),
+    "class folders in parts": lambda folder, kit: [
+        write_cells(folder / "bm" / part, "AB", 2) for part in ("train", "test")
+    ],
+    "a table without its images": put("cells.csv", "path,label\nx.png,A\n"),
+    "one class": cells("A", 8),
+    "no image to validate with": cells("AB", 1),
+    "all images unreadable": unreadable,
+    "images gone bad since": rotten,
+    "pass over the data damaged": copied("runs", "data/cells.json", half),
+    "split cut short": put("runs/split.csv", "path,label,fold0\nA/0.png,A,te"),
+    "split with other columns": put("runs/split.csv", "file;label\n"),
+    "split with other images": put("runs/split.csv", "path,label,fold0\nA/x.png,A,test\nA/y.png,A,train\n"),
+    "split with other labels": put("runs/split.csv", "path,label,fold0\nA/0.png,B,test\nA/1.png,A,train\n"),
+    "split without training images": split("test"),
+    "split without validation images": split("train"),
+    "another split stands there": lambda folder, kit: called(folder, kit, SPLITS),
+    "groups that lack images": put("g.csv", "path,group\nA/0.png,1\n"),
+    "groups with other columns": put("g.csv", "a,b\n1,2\n"),
+    "runs is a file": put("runs", ""),
+    "a run's folder is a file": put(f"runs/{FOLD}", ""),
+    "datasets' runs is a file": put("runs", ""),
+    "evaluate's results is a file": both(copied("runs"), put("runs/results", "")),
+    "report's results is a file": both(copied("runs"), put("runs/results", "")),
+    "gradcam's results is a file": both(copied("runs"), put("runs/results", "")),
+    "predict's out is a file": both(saved(dict), put("o", "")),
+    "COCO file cut short": copied("cd", "train.json", half),
+    "COCO images without names": copied("cd", "train.json", no_name),
+    "COCO without its images": without_pictures,
+    "COCO of two cells a class": copied("cd", "*.json", one_box_a_class),
+    "PCam cut short": copied("pcam", f"{PCAM}_train_x.h5", half),
+    "PCam file missing": copied("pcam", f"{PCAM}_valid_y.h5"),
+    "PCam file is a web page": copied(
+        "pcam", f"{PCAM}_train_y.h5", lambda content: b"<html>quota exceeded</html>"
+    ),
+    "PCam of another size": patches_of_32_pixels,
+    "no new images": both(saved(dict), empty),
+    "no new image readable": both(saved(dict), unreadable),
+    "figures of other data": both(copied("runs"), cells("XY", 3)),
+    "another program's": saved(lambda best: {"epoch": 3, "model_state": best["state_dict"]}),
+    "pickled code": saved(lambda best: best | {"net": torch.nn.Linear(1, 1)}),
+    "cut short": lambda folder, kit: put("best.pt", half((kit.runs / FOLD / "best.pt").read_bytes()))(
+        folder, kit
+    ),
+    "cut after its first page": lambda folder, kit: put(
+        "best.pt", (kit.runs / FOLD / "best.pt").read_bytes()[:4096]
+    )(folder, kit),
+    "of another model": saved(dict),
+    "with a tensor missing": saved(
+        lambda best: (
+            best | {"state_dict": {k: v for k, v in best["state_dict"].items() if k != "conv1.0.weight"}}
+        )
+    ),
+    "pre-training not finished": begun,
+    "last.pt cut short": to_go_on("last.pt", b"PK\3\4 half a file"),
+    "last.pt of another program": both(copied("runs", PREDICTIONS), saved(dict, f"runs/{FOLD}/last.pt")),
+    "config.json cut short": to_go_on("config.json", '{"model": "shuff'),
+    "predict, another program's": saved(lambda best: {"weights": best["state_dict"]}),
+    "predict, pickled code": saved(lambda best: torch.nn.Linear(1, 1)),
+    "predict, of other classes": saved(lambda best: best | {"classes": ["A", "B"]}),
+    "gradcam, best.pt of a fold gone": copied("runs", f"{FOLD}/best.pt"),
+    "predict, two that don't fit": both(
+        saved(dict), saved(lambda best: best | {"classes": ["X", "Y", "Z"]}, "other.pt")
+    ),
+    "evaluate, all cut short": copied("runs", "train/*/*/*/predictions.csv", half),
+    "evaluate, split cut short": copied("runs", "split.csv", half),
+    "compare with another table": both(copied("runs"), put("t.csv", "a,b\n1,2\n")),
+    "compare with words for numbers": both(
+        copied("runs"), put("t.csv", (ROOT / "paper/table4.csv").read_bytes().replace(b",0.", b",high", 1))
+    ),
+    "compare with nothing": copied("runs"),
+    "compare with a picture": copied("runs"),
+    "report, all cut short": copied("runs", "train/*/*/*/predictions.csv", half),
+    "report, split of another program": copied("runs", "split.csv", lambda content: b"a,b\n1,2\n"),
+    "report, unknown model": copied("runs"),
+    "gradcam, cut short": copied("runs", PREDICTIONS, half),
+    "gradcam, empty": copied("runs", PREDICTIONS, lambda content: b""),
+    "gradcam, a class of none": copied(
+        "runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1)
+    ),
+    "gradcam, unknown class": copied("runs"),
+    "gradcam, unknown image": copied("runs"),
+    "map to no class": both(saved(dict), put("m.csv", "x,FGC\n")),
+    "map of one column": both(saved(dict), put("m.csv", "A\nB\n")),
+    "map is missing": saved(dict),
+    "prior without a class": both(saved(dict), put("p.csv", "A,1\nB,2\n")),
+    "prior below 0": both(saved(dict), put("p.csv", "A,1\nB,2\nC,-1\n")),
+    "prior in words": both(saved(dict), put("p.csv", "A,1\nB,2\nC,rare\n")),
+}
 
 
-ARGUMENTS = [
-    case("unknown model", TRAIN + " --model resnet_50", 2, "resnet_50: no classification model"),
-    case("no model", "train.py --init random", 2, "required: --model"),
-    case("unknown init", TRAIN + " --init imagnet", 2, "--init imagnet|imagenet+cd|{tmp}/runs/pretrain"),
-    case("init named by a path", TRAIN + " --init ../mine=x.pt", 2, "--init ../mine=x.pt|NAME=PATH"),
-    case("fold out of range", TRAIN + " --fold 9", 2, "--fold 9|folds 0 to 4"),
-    case("fold below 0", TRAIN + " --fold 0 -1", 2, "--fold 0 -1|folds 0 to 4"),
-    case("epochs below 0", TRAIN + " --epochs -1", 2, "--epochs -1|at least 1"),
-    case("half an epoch", TRAIN + " --epochs 1.5", 2, "--epochs|'1.5'|int"),
-    case("batch of 0", TRAIN + " --batch-size 0", 2, "--batch-size 0|at least 1"),
-    case("rate below 0", TRAIN + " --lr -1", 2, "--lr -1|above 0"),
-    case("rate no number", TRAIN + " --lr fast", 2, "--lr fast|auto or a number"),
-    case("rate nan", TRAIN + " --lr nan", 2, "--lr nan|auto or a number"),
-    case("images of 0 pixels", TRAIN + " --image-size 0", 2, "--image-size 0|at least 1"),
-    case("alexnet at 32", TRAIN + " --model alexnet --image-size 32", 2, "alexnet cannot be|of 32 pixels"),
-    case("Inception at 64", TRAIN + " --model inception_v3 --image-size 64", 2, "cannot be|of 64 pixels"),
-    case("ViT patch", TRAIN + " --model vit_b_16 --image-size 100", 2, "cannot be|of 100 pixels"),
-    case("a batch of 1", TRAIN + " --model resnet18 --image-size 32 --batch-size 1", 2, "1 images|1 value"),
-    case("workers below 0", TRAIN + " --workers -1", 2, "--workers -1|whole number"),
-    case("unknown device", TRAIN + " --device gpu", 2, "--device gpu|cuda:1"),
-    case("no CUDA", TRAIN + " --device cuda", 2, "no such CUDA device|--device cpu"),
-    case("unknown precision", TRAIN + " --amp half", 2, "--amp|'half'|bf16"),
-    case("stop-lr above 1", TRAIN + " --stop-lr 2", 2, "--stop-lr 2|from 0 to 1"),
-    case(
-        "stop-lr with a cosine", TRAIN + " --stop-lr 0.1 --schedule cosine", 2, "--stop-lr 0.1|unless|plateau"
-    ),
-    case("row named by a path", TRAIN + " --name ../mine", 2, "--name ../mine|letters"),
-    case("unknown optimizer", TRAIN + " --optimizer lion", 2, "--optimizer|lion|adamw"),
-    case("seed below 0", TRAIN + " --seed -1", 2, "--seed -1|at least 0"),
-    case("unknown weights", TRAIN + " --init imagenet --weights IMAGENET1K_V9", 2, "IMAGENET1K_V9"),
-    case("unknown option", TRAIN + " --momentum 0.8", 2, "unrecognized arguments: --momentum"),
-    case("pre-training for random", PRETRAIN + " --init random", 2, "--init random|imagenet+"),
-    case("pre-training from another", PRETRAIN + " --init pcam+cd", 2, "--init pcam+cd|imagenet+"),
-    case("pre-training without epochs", PRETRAIN + " --epochs 0", 2, "--epochs 0|at least 1"),
-    case("one fold", SPLITS + " --folds 1", 2, "folds 1|at least 2"),
-    case("validation share above 1", SPLITS + " --val 1.5", 2, "val 1.5|between 0 and 1"),
-    case("regular expression", SPLITS + " --groups '(['", 2, "--groups ([|regular expression"),
-    case("datasets without a folder", "datasets.py --data", 2, "--data|expected at least one argument"),
-    case("evaluate, unknown option", EVALUATE + " --model resnet18", 2, "unrecognized arguments: --model"),
-    case("gradcam, model without init", "gradcam.py --model resnet18", 2, "--model and --init go together"),
-    case("gradcam, unknown device", FIGURES + " --device cpu:x", 2, "--device cpu:x|use cpu"),
-    case("gradcam, no cell", FIGURES + " --count 0", 2, "--count 0|at least 1"),
-    case("predict without anything", "predict.py", 2, "--checkpoint, --images and --out"),
-    case("predict, unknown device", JUDGE + " --device gpu", 2, "--device gpu|use cpu"),
-    case("fetch an unknown model", "models.py --fetch resnet_50", 2, "resnet_50: no classification model"),
-    case("fetch unknown weights", "models.py --fetch resnet18 --weights V9", 2, "V9"),
-]
-DATA = [
-    case("no bm", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: no such folder|TCIA|unpack it there"),
-    case(
-        "no cd",
-        PRETRAIN + " --init cd --data {tmp}/cd",
-        1,
-        "{tmp}/cd: no such folder|github.com/kuku-sichuan",
-    ),
-    case("no pcam", DATASETS + " {tmp}/pcam", 1, "{tmp}/pcam: no such folder|github.com/basveeling/pcam"),
-    case("no folder of one's own", SPLITS + " --data {tmp}/mine", 1, "{tmp}/mine: no such folder|--data"),
-    case(
-        "empty folder", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: 0 class(es) with images|at least 2", empty
-    ),
-    case("a file", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm: no table of path", put("bm", "tar")),
-    case(
-        "class folders in parts",
-        TRAIN + " --data {tmp}/bm",
-        1,
-        "{tmp}/bm: |look like parts|type --data '{tmp}/bm/{{part}}/{{class}}'",
-        lambda folder, kit: [write_cells(folder / "bm" / part, "AB", 2) for part in ("train", "test")],
-    ),
-    case("a pattern without a class", TRAIN + " --data '{tmp}/*/*.png'", 1, "fits none|below {tmp}"),
-    case(
-        "a part that is none",
-        SPLITS + " --data '{cells}/{{part}}/[0-4].png'",
-        1,
-        "no {{class}} or label, e.g. of A/0.png",
-    ),
-    case(
-        "a table without its images",
-        DATASETS + " {tmp}/cells.csv",
-        1,
-        "{tmp}/cells.csv: none of its 1 rows has an image|e.g. x.png",
-        put("cells.csv", "path,label\nx.png,A\n"),
-    ),
-    case("one class", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm/A: 0 class(es)|8 ./*.png", cells("A", 8)),
-    case("no image to validate with", TRAIN + " --data {tmp}/bm", 1, "{tmp}/bm", cells("AB", 1)),
-    case(
-        "all images unreadable",
-        TRAIN + " --data {tmp}/bm",
-        1,
-        "{tmp}/bm: none of the 1 images of class A can be read|A/1.jpg",
-        unreadable,
-    ),
-    case(
-        "images gone bad since",
-        TRAIN + " --data {tmp}/bm",
-        1,
-        "{tmp}/bm: none of the 8 images of class A can be read",
-        rotten,
-    ),
-    case(
-        "pass over the data damaged",
-        TRAIN,
-        1,
-        "runs/data/cells.json: damaged|remove it",
-        copied("runs", "data/cells.json", half),
-    ),
-    case(
-        "split cut short",
-        TRAIN,
-        1,
-        "{tmp}/runs/split.csv|train, val or test",
-        put("runs/split.csv", "path,label,fold0\nA/0.png,A,te"),
-    ),
-    case("split with other columns", TRAIN, 1, "{tmp}/runs/split.csv", put("runs/split.csv", "file;label\n")),
-    case(
-        "split with other images",
-        TRAIN,
-        1,
-        "{tmp}/runs/split.csv: 2 of its 2 images are not in {cells}|A/x.png",
-        put("runs/split.csv", "path,label,fold0\nA/x.png,A,test\nA/y.png,A,train\n"),
-    ),
-    case(
-        "split with other labels",
-        TRAIN,
-        1,
-        "{tmp}/runs/split.csv: 1 labels differ|A/0.png",
-        put("runs/split.csv", "path,label,fold0\nA/0.png,B,test\nA/1.png,A,train\n"),
-    ),
-    case("split without training images", TRAIN, 1, "0 images to train on|split.csv", split("test")),
-    case("split without validation images", TRAIN, 1, "0 to validate with|split.csv", split("train")),
-    case(
-        "another split stands there",
-        SPLITS + " --seed 1",
-        1,
-        "{tmp}/split.csv: another split|remove it",
-        lambda folder, kit: called(folder, kit, SPLITS),
-    ),
-    case(
-        "groups that lack images",
-        SPLITS + " --groups {tmp}/g.csv",
-        1,
-        "no group for 23 of 24 images|A/1.png",
-        put("g.csv", "path,group\nA/0.png,1\n"),
-    ),
-    case(
-        "groups with other columns",
-        SPLITS + " --groups {tmp}/g.csv",
-        1,
-        "{tmp}/g.csv|path,group",
-        put("g.csv", "a,b\n1,2\n"),
-    ),
-    case("groups that are not there", SPLITS + " --groups groups.csv", 1, "groups.csv: cannot be read"),
-    case("one group", SPLITS + " --groups png", 2, "1 groups are too few for 5 folds"),
-    case("runs is a file", TRAIN, 1, "{tmp}/runs/|Not a directory|--runs", put("runs", "")),
-    case("runs can't be made", PRETRAIN + " --runs /proc/nothing/runs", 1, "/proc/nothing"),
-    case("a run's folder is a file", TRAIN, 1, f"{{tmp}}/runs/{FOLD}|--runs", put(f"runs/{FOLD}", "")),
-    case("datasets' runs is a file", DATASETS + " {cells}", 1, "{tmp}/runs|Not a directory", put("runs", "")),
-    case(
-        "split can't be written",
-        SPLITS + " --out /proc/nothing/split.csv",
-        1,
-        "/proc/nothing/split.csv: cannot be written|--out",
-    ),
-    case("split is a folder", SPLITS + " --out {cells}", 1, "{cells}: cannot be read|Is a directory"),
-    case(
-        "evaluate's results is a file",
-        EVALUATE,
-        1,
-        "{tmp}/runs/results/table4.csv can't be written|File exists",
-        both(copied("runs"), put("runs/results", "")),
-    ),
-    case(
-        "report's results is a file",
-        REPORT,
-        1,
-        "{tmp}/runs/results/|can't be written|File exists",
-        both(copied("runs"), put("runs/results", "")),
-    ),
-    case(
-        "gradcam's results is a file",
-        FIGURES,
-        1,
-        "{tmp}/runs/results: File exists",
-        both(copied("runs"), put("runs/results", "")),
-    ),
-    case(
-        "predict's out is a file",
-        JUDGE + " --out {tmp}/o",
-        1,
-        "{tmp}/o: File exists",
-        both(saved(dict), put("o", "")),
-    ),
-    case(
-        "COCO file cut short",
-        DATASETS + " {tmp}/cd",
-        1,
-        "{tmp}/cd/train.json: damaged|fetch it again",
-        copied("cd", "train.json", half),
-    ),
-    case(
-        "COCO images without names",
-        DATASETS + " {tmp}/cd",
-        1,
-        "{tmp}/cd/train.json|'file_name'",
-        copied("cd", "train.json", no_name),
-    ),
-    case("COCO without its images", DATASETS + " {tmp}/cd", 1, "{tmp}/cd: no box", without_pictures),
-    case(
-        "COCO of two cells a class",
-        PRETRAIN + " --init cd --data {tmp}/cd",
-        1,
-        "{tmp}/cd|at least 5",
-        copied("cd", "*.json", one_box_a_class),
-    ),
-    case(
-        "PCam cut short",
-        PRETRAIN + " --init pcam --data {tmp}/pcam",
-        1,
-        f"{{tmp}}/pcam: the train part|truncated|fetch {PCAM}_train_x.h5",
-        copied("pcam", f"{PCAM}_train_x.h5", half),
-    ),
-    case(
-        "PCam file missing",
-        DATASETS + " {tmp}/pcam",
-        1,
-        f"{{tmp}}/pcam: the valid part|{PCAM}_valid_y.h5|No such file|fetch",
-        copied("pcam", f"{PCAM}_valid_y.h5"),
-    ),
-    case(
-        "PCam file is a web page",
-        DATASETS + " {tmp}/pcam",
-        1,
-        f"the train part|signature|fetch {PCAM}_train_x.h5",
-        copied("pcam", f"{PCAM}_train_y.h5", lambda content: b"<html>quota exceeded</html>"),
-    ),
-    case("PCam of another size", DATASETS + " {tmp}/pcam", 1, f"{PCAM}_train_x.h5", patches_of_32_pixels),
-    case(
-        "no new images", JUDGE + " --images {tmp}/bm", 1, "{tmp}/bm: no image found", both(saved(dict), empty)
-    ),
-    case(
-        "no new image readable",
-        JUDGE + " --images {tmp}/bm",
-        1,
-        "{tmp}/bm: none of 2 images",
-        both(saved(dict), unreadable),
-    ),
-    case(
-        "figures of other data",
-        FIGURES + " --data {tmp}/bm",
-        1,
-        "{tmp}/bm: no test image|--data",
-        both(copied("runs"), cells("XY", 3)),
-    ),
-]
-CHECKPOINTS = [
-    case("init's file is missing", TRAIN + " --init mine={tmp}/none.pt", 1, "{tmp}/none.pt|no file|best.pt"),
-    case("init's path is empty", TRAIN + " --init mine=", 1, "--init mine=|no file|best.pt"),
-    case(
-        "another program's",
-        START,
-        1,
-        "{tmp}/best.pt: not the weights of|Missing key(s)|name a best.pt",
-        saved(lambda best: {"epoch": 3, "model_state": best["state_dict"]}),
-    ),
-    case(
-        "pickled code",
-        START,
-        1,
-        "{tmp}/best.pt: damaged|holds more than tensors|nothing of it was run",
-        saved(lambda best: best | {"net": torch.nn.Linear(1, 1)}),
-    ),
-    case(
-        "cut short",
-        START,
-        1,
-        "{tmp}/best.pt: damaged or cut short",
-        lambda folder, kit: put("best.pt", half((kit.runs / FOLD / "best.pt").read_bytes()))(folder, kit),
-    ),
-    case(
-        "cut after its first page",
-        START,
-        1,
-        "{tmp}/best.pt: damaged or cut short",
-        lambda folder, kit: put("best.pt", (kit.runs / FOLD / "best.pt").read_bytes()[:4096])(folder, kit),
-    ),
-    case(
-        "of another model",
-        START + " --model resnet18",
-        1,
-        "{tmp}/best.pt: not the weights of resnet18",
-        saved(dict),
-    ),
-    case(
-        "with a tensor missing",
-        START,
-        1,
-        "{tmp}/best.pt: not the weights|Missing key(s)|conv1.0.weight",
-        saved(
-            lambda best: (
-                best | {"state_dict": {k: v for k, v in best["state_dict"].items() if k != "conv1.0.weight"}}
-            )
-        ),
-    ),
-    case("pre-training not begun", TRAIN + " --init cd", 1, "no finished pre-training"),
-    case(
-        "pre-training not finished",
-        TRAIN + " --init cd",
-        1,
-        f"{{tmp}}/runs/pretrain/{MODEL}/cd: no finished pre-training",
-        begun,
-    ),
-    case(
-        "last.pt cut short",
-        TRAIN,
-        1,
-        f"{FOLD}/last.pt: damaged or of another version|remove",
-        to_go_on("last.pt", b"PK\3\4 half a file"),
-    ),
-    case(
-        "last.pt of another program",
-        TRAIN,
-        1,
-        f"{FOLD}/last.pt: damaged or of another version|KeyError|remove",
-        both(copied("runs", PREDICTIONS), saved(dict, f"runs/{FOLD}/last.pt")),
-    ),
-    case(
-        "config.json cut short",
-        TRAIN,
-        1,
-        f"{FOLD}/config.json: damaged|remove it",
-        to_go_on("config.json", '{"model": "shuff'),
-    ),
-    case("predict, missing", JUDGE, 1, "{tmp}/best.pt: No such file|best.pt that train.py"),
-    case(
-        "predict, another program's",
-        JUDGE,
-        1,
-        "{tmp}/best.pt: no checkpoint of ours",
-        saved(lambda best: {"weights": best["state_dict"]}),
-    ),
-    case(
-        "predict, pickled code", JUDGE, 1, "{tmp}/best.pt: damaged", saved(lambda best: torch.nn.Linear(1, 1))
-    ),
-    case(
-        "predict, of other classes",
-        JUDGE,
-        1,
-        "{tmp}/best.pt|size mismatch",
-        saved(lambda best: best | {"classes": ["A", "B"]}),
-    ),
-    case(
-        "gradcam, best.pt of a fold gone",
-        FIGURES,
-        1,
-        f"{{tmp}}/runs/{FOLD}/best.pt: No such file",
-        copied("runs", f"{FOLD}/best.pt"),
-    ),
-    case(
-        "predict, two that don't fit",
-        JUDGE + " --checkpoint {tmp}/best.pt {tmp}/other.pt",
-        1,
-        "{tmp}/other.pt: of different classes",
-        both(saved(dict), saved(lambda best: best | {"classes": ["X", "Y", "Z"]}, "other.pt")),
-    ),
-]
-TABLES = [
-    case("evaluate, nothing there", EVALUATE, 1, "{tmp}/runs: no finished run"),
-    case(
-        "evaluate, all cut short",
-        EVALUATE,
-        1,
-        "{tmp}/runs: no finished run in train/",
-        copied("runs", "train/*/*/*/predictions.csv", half),
-    ),
-    case(
-        "evaluate, split cut short",
-        EVALUATE,
-        1,
-        "{tmp}/runs/split.csv: has folds other than train",
-        copied("runs", "split.csv", half),
-    ),
-    case(
-        "compare with another table",
-        EVALUATE + " --compare {tmp}/t.csv",
-        1,
-        "{tmp}/t.csv: is no table4.csv|model,init",
-        both(copied("runs"), put("t.csv", "a,b\n1,2\n")),
-    ),
-    case(
-        "compare with words for numbers",
-        EVALUATE + " --compare {tmp}/t.csv",
-        1,
-        "{tmp}/t.csv: could not convert|'high",
-        both(
-            copied("runs"),
-            put("t.csv", (ROOT / "paper/table4.csv").read_bytes().replace(b",0.", b",high", 1)),
-        ),
-    ),
-    case(
-        "compare with nothing",
-        EVALUATE + " --compare {tmp}/t.csv",
-        1,
-        "{tmp}/t.csv: No such file",
-        copied("runs"),
-    ),
-    case(
-        "compare with a picture",
-        EVALUATE + " --compare {cells}/A/0.png",
-        1,
-        "{cells}/A/0.png: ",
-        copied("runs"),
-    ),
-    case("report, no folder", REPORT, 1, "{tmp}/runs: no such folder|--runs"),
-    case(
-        "report, all cut short",
-        REPORT,
-        1,
-        f"{{tmp}}/runs/{PREDICTIONS}: ends in the middle|no other fold",
-        copied("runs", "train/*/*/*/predictions.csv", half),
-    ),
-    case(
-        "report, split of another program",
-        REPORT,
-        1,
-        "{tmp}/runs/split.csv: is no table of path,label",
-        copied("runs", "split.csv", lambda content: b"a,b\n1,2\n"),
-    ),
-    case(
-        "report, unknown model", REPORT + " --model alexnet", 1, "no finished fold of alexnet", copied("runs")
-    ),
-    case(
-        "gradcam, no run at all",
-        "gradcam.py --runs {tmp}/runs",
-        1,
-        "{tmp}/runs/results/table4.csv: no such file|evaluate.py",
-    ),
-    case("gradcam, no run", FIGURES, 1, f"{{tmp}}/runs/train/{MODEL}/random: no finished fold|train.py"),
-    case("gradcam, cut short", FIGURES, 1, f"{{tmp}}/runs/{PREDICTIONS}", copied("runs", PREDICTIONS, half)),
-    case(
-        "gradcam, empty",
-        FIGURES,
-        1,
-        f"{{tmp}}/runs/{PREDICTIONS}|invalid predictions",
-        copied("runs", PREDICTIONS, lambda content: b""),
-    ),
-    case(
-        "gradcam, a class of none",
-        FIGURES,
-        1,
-        f"{{tmp}}/runs/{PREDICTIONS}|another class",
-        copied("runs", PREDICTIONS, lambda content: content.replace(b",A,", b",Z,", 1)),
-    ),
-    case("gradcam, unknown class", FIGURES + " --classes FGC", 1, "FGC: no class (A, B, C)", copied("runs")),
-    case("gradcam, unknown image", FIGURES + " --paths A/99.png", 1, "A/99.png", copied("runs")),
-    case(
-        "map to no class",
-        JUDGE + " --map {tmp}/m.csv",
-        1,
-        "{tmp}/m.csv: FGC is no class of A, B, C",
-        both(saved(dict), put("m.csv", "x,FGC\n")),
-    ),
-    case(
-        "map of one column",
-        JUDGE + " --map {tmp}/m.csv",
-        1,
-        "{tmp}/m.csv|two columns",
-        both(saved(dict), put("m.csv", "A\nB\n")),
-    ),
-    case("map is missing", JUDGE + " --map {tmp}/m.csv", 1, "{tmp}/m.csv|No such file", saved(dict)),
-    case(
-        "prior without a class",
-        JUDGE + " --prior {tmp}/p.csv",
-        1,
-        "{tmp}/p.csv|A, B, C|'C'",
-        both(saved(dict), put("p.csv", "A,1\nB,2\n")),
-    ),
-    case(
-        "prior below 0",
-        JUDGE + " --prior {tmp}/p.csv",
-        1,
-        "{tmp}/p.csv|at least 0",
-        both(saved(dict), put("p.csv", "A,1\nB,2\nC,-1\n")),
-    ),
-    case(
-        "prior in words",
-        JUDGE + " --prior {tmp}/p.csv",
-        1,
-        "{tmp}/p.csv|'rare'",
-        both(saved(dict), put("p.csv", "A,1\nB,2\nC,rare\n")),
-    ),
-]
-TABLE = ARGUMENTS + DATA + CHECKPOINTS + TABLES
+def cases(status, table):
+    """pytest's parameters of a table's lines: (command, status, words, prepare)."""
+    for name, command, words in (line.split(" :: ") for line in table.splitlines()):
+        script, _, rest = command.partition(" ")
+        command = f"{globals().get(script, script)} {rest}"
+        yield pytest.param(command, status, words, PREPARE.get(name), id=name)
+
+
+TABLE = [*cases(2, BAD_ARGUMENTS), *cases(1, BAD_DATA)]
 ONE_OF_EACH = (
     "no pcam",
     "one fold",
@@ -685,7 +436,13 @@ def kit(demo, tmp_path_factory):
 
 def arguments(folder, kit, command):
     """The command as a list, its places filled in."""
-    return shlex.split(command.format(tmp=folder, cells=kit.cells))
+    return shlex.split(filled(folder, kit, command))
+
+
+def filled(folder, kit, text):
+    """A command or words with their places filled in."""
+    places = {"tmp": folder, "cells": kit.cells, "model": MODEL, "fold": FOLD}
+    return text.format(predictions=PREDICTIONS, pcam=PCAM, **places)
 
 
 def called(folder, kit, command):
@@ -721,7 +478,7 @@ def check(folder, kit, before, status, words, ended, out, err):
     finished."""
     lines = [line for line in err.splitlines() if line.strip()]
     assert "Traceback" not in out + err and ended == status, out + err
-    for word in words.format(tmp=folder, cells=kit.cells).split("|"):
+    for word in filled(folder, kit, words).split("|"):
         assert word in lines[-1], lines[-1]
     assert lines[-1].split(": ")[0].endswith(".py") == (status == 2), (
         "argparse names the script, a message the culprit"

@@ -2,9 +2,8 @@
 is found, counted, left out.
 
 Truth comes from the NumPy arrays that the files were made of, from Pillow's decoder and its exif_transpose
-where a format loses
-something, and from files written here byte by byte (PNG and TIFF of 16 bits a channel, a picture of 90
-million pixels).
+where a format loses something, and from files written here byte by byte (PNG and TIFF of 16
+bits a channel, a picture of 90 million pixels).
 """
 
 import errno
@@ -27,17 +26,14 @@ import evaluate
 import train
 
 RNG = np.random.default_rng(0)
-COLOURS = cv2.resize(
-    RNG.integers(0, 256, (4, 5, 3), np.uint8), (40, 32), interpolation=cv2.INTER_CUBIC
-)  # [32,40,3], smooth
+COLOURS = RNG.integers(0, 256, (4, 5, 3), np.uint8)
+COLOURS = cv2.resize(COLOURS, (40, 32), interpolation=cv2.INTER_CUBIC)  # [32,40,3], smooth
 GREY = COLOURS[..., 1].copy()
 ALPHA = RNG.integers(0, 256, GREY.shape, np.uint8)
 DEEP = RNG.integers(0, 65536, COLOURS.shape, np.uint16)
 PICTURE = Image.fromarray(COLOURS)
 PALETTE = PICTURE.quantize(50)
-FIFTY = np.reshape(PALETTE.getpalette(), (-1, 3))[
-    np.asarray(PALETTE)
-]  # the colours that its numbers stand for
+FIFTY = np.reshape(PALETTE.getpalette(), (-1, 3))[np.asarray(PALETTE)]  # what its numbers stand for
 INKS = np.dstack([255 - COLOURS, GREY // 3])  # cyan, magenta, yellow, black
 INKED = np.rint((255.0 - INKS[..., :3]) * (255 - INKS[..., 3:]) / 255)  # in RGB
 
@@ -52,16 +48,11 @@ def png(width, height, depth, kind, rows):
     filtered'."""
 
     def chunk(name, content):
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
 
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def deep_png():
@@ -71,24 +62,11 @@ def deep_png():
 
 def deep_tiff():
     """Little-endian, uncompressed, three samples of 16 bits, one strip."""
-    tags = [
-        (256, 3, 1, 40),
-        (257, 3, 1, 32),
-        (258, 3, 3, 8),
-        (259, 3, 1, 1),
-        (262, 3, 1, 2),
-        (273, 4, 1, 14),
-        (277, 3, 1, 3),
-        (278, 3, 1, 32),
-        (279, 4, 1, DEEP.nbytes),
-    ]
-    return (
-        struct.pack("<2sHI3H", b"II", 42, 14 + DEEP.nbytes, 16, 16, 16)
-        + DEEP.astype("<u2").tobytes()
-        + struct.pack("<H", len(tags))
-        + b"".join(struct.pack("<HHII", *tag) for tag in tags)
-        + bytes(4)
-    )
+    tags = [(256, 3, 1, 40), (257, 3, 1, 32), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, DEEP.nbytes)]
+    start = struct.pack("<2sHI3H", b"II", 42, 14 + DEEP.nbytes, 16, 16, 16) + DEEP.astype("<u2").tobytes()
+    tags = [struct.pack("<HHII", *tag) for tag in tags]
+    return start + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
 
 
 def saved(image, **options):
@@ -107,53 +85,27 @@ def with_alpha(image, alpha):
 
 
 # ---------------------------------------------------------------- kinds of pictures
-EXACT = {
-    "colour.png": (saved(PICTURE), COLOURS),
-    "colour.bmp": (saved(PICTURE), COLOURS),
-    "colour.tif": (saved(PICTURE), COLOURS),
-    "lzw.tiff": (saved(PICTURE, compression="tiff_lzw"), COLOURS),
-    "deflate.tif": (saved(PICTURE, compression="tiff_adobe_deflate"), COLOURS),
-    "grey.png": (saved(Image.fromarray(GREY)), three(GREY)),
-    "grey.bmp": (saved(Image.fromarray(GREY)), three(GREY)),
-    "grey.tif": (saved(Image.fromarray(GREY)), three(GREY)),
-    "bits.png": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
-    "bits.bmp": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
-    "bits.tif": (saved(Image.fromarray(GREY > 127)), three((GREY > 127) * 255)),
-    "palette.png": (saved(PALETTE), FIFTY),
-    "palette.bmp": (saved(PALETTE), FIFTY),
-    "palette.tif": (saved(PALETTE), FIFTY),
-    "palette with a transparent colour.png": (
-        saved(PALETTE, transparency=3),
-        np.where(np.asarray(PALETTE)[..., None] == 3, 0, FIFTY),
-    ),
-    "alpha.bmp": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS),
-    "opaque.tif": (saved(with_alpha(PICTURE, 255)), COLOURS),
-    "one pixel.png": (saved(PICTURE.crop((3, 4, 4, 5))), COLOURS[4:5, 3:4]),
-    "one row.png": (saved(PICTURE.crop((0, 4, 40, 5))), COLOURS[4:5]),
-    "animated.png": (
-        saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (40, 32)), PICTURE.rotate(180)]),
-        COLOURS,
-    ),
-    "pages.tif": (
-        saved(PICTURE, save_all=True, append_images=[Image.new("RGB", (9, 9)), PICTURE.rotate(180)]),
-        COLOURS,
-    ),
-    "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS),
-    "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS),
-}
-CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CMYK
-    "alpha.png": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
-    "alpha.tif": (saved(with_alpha(PICTURE, Image.fromarray(ALPHA))), COLOURS * (ALPHA[..., None] / 255), 1),
-    "alpha.webp": (
-        saved(with_alpha(PICTURE, Image.fromarray(ALPHA)), lossless=True),
-        COLOURS * (ALPHA[..., None] / 255),
-        1,
-    ),
-    "grey and alpha.png": (
-        saved(with_alpha(Image.fromarray(GREY), Image.fromarray(ALPHA))),
-        three(GREY) * (ALPHA[..., None] / 255),
-        1,
-    ),
+BITS, OTHERS = Image.fromarray(GREY > 127), [Image.new("RGB", (40, 32)), PICTURE.rotate(180)]
+SEEN = ALPHA[..., None] / 255
+TRANSPARENT = np.where(np.asarray(PALETTE)[..., None] == 3, 0, FIFTY)
+CLEAR, CLEAR_GREY = (with_alpha(image, Image.fromarray(ALPHA)) for image in (PICTURE, Image.fromarray(GREY)))
+DEEP_GREY = Image.fromarray(DEEP[..., 0])
+KINDS = {  # how it is written, what it shows, tolerance: one level for rounding, more for CMYK and JPEG
+    "lzw.tiff": (saved(PICTURE, compression="tiff_lzw"), COLOURS, 0),
+    "deflate.tif": (saved(PICTURE, compression="tiff_adobe_deflate"), COLOURS, 0),
+    "transparent palette.png": (saved(PALETTE, transparency=3), TRANSPARENT, 0),
+    "alpha.bmp": (saved(CLEAR), COLOURS, 0),
+    "opaque.tif": (saved(with_alpha(PICTURE, 255)), COLOURS, 0),
+    "one pixel.png": (saved(PICTURE.crop((3, 4, 4, 5))), COLOURS[4:5, 3:4], 0),
+    "one row.png": (saved(PICTURE.crop((0, 4, 40, 5))), COLOURS[4:5], 0),
+    "animated.png": (saved(PICTURE, save_all=True, append_images=OTHERS), COLOURS, 0),
+    "pages.tif": (saved(PICTURE, save_all=True, append_images=OTHERS), COLOURS, 0),
+    "a PNG.jpg": (saved(PICTURE, format="png"), COLOURS, 0),
+    "a BMP.tif": (saved(PICTURE, format="bmp"), COLOURS, 0),
+    "alpha.png": (saved(CLEAR), COLOURS * SEEN, 1),
+    "alpha.tif": (saved(CLEAR), COLOURS * SEEN, 1),
+    "alpha.webp": (saved(CLEAR, lossless=True), COLOURS * SEEN, 1),
+    "grey and alpha.png": (saved(CLEAR_GREY), three(GREY) * SEEN, 1),
     "gif.gif": (saved(PALETTE), FIFTY, 0),
     "lossless.webp": (saved(PICTURE, lossless=True), COLOURS, 0),
     "jpeg.jfif": (saved(PICTURE, format="jpeg", quality=95), COLOURS, 16),
@@ -161,8 +113,8 @@ CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CM
     "jpeg 2000.jp2": (saved(PICTURE), COLOURS, 1),
     "map.ppm": (saved(PICTURE), COLOURS, 0),
     "map.pgm": (saved(Image.fromarray(GREY)), three(GREY), 0),
-    "deep grey.png": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
-    "deep grey.tif": (saved(Image.fromarray(DEEP[..., 0])), three(DEEP[..., 0] // 256), 1),
+    "deep grey.png": (saved(DEEP_GREY), three(DEEP[..., 0] // 256), 1),
+    "deep grey.tif": (saved(DEEP_GREY), three(DEEP[..., 0] // 256), 1),
     "deep.png": (bytes_of(deep_png()), DEEP // 256, 1),
     "deep.tif": (bytes_of(deep_tiff()), DEEP // 256, 1),
     "cmyk.tif": (saved(Image.fromarray(INKS, "CMYK")), INKED, 2),
@@ -171,17 +123,18 @@ CLOSE = {  # one level for the rounding of 16 bits to 8 and of alpha, two for CM
     "grey.jpg": (saved(Image.fromarray(GREY), quality=95), three(GREY), 8),
     "cmyk.jpg": (saved(Image.fromarray(INKS, "CMYK"), quality=98), INKED, 16),
 }
+for ending in ("png", "bmp", "tif"):
+    KINDS[f"colour.{ending}"] = saved(PICTURE), COLOURS, 0
+    KINDS[f"grey.{ending}"] = saved(Image.fromarray(GREY)), three(GREY), 0
+    KINDS[f"bits.{ending}"] = saved(BITS), three((GREY > 127) * 255), 0
+    KINDS[f"palette.{ending}"] = saved(PALETTE), FIFTY, 0
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [(name, (*kind, 0)) for name, kind in EXACT.items()] + list(CLOSE.items()),
-    ids=[*EXACT, *CLOSE],
-)
-def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name):
     """What is transparent is black, of an animation and of several pages the first counts, the content
     decides and not the ending."""
-    write, expected, tolerance = kind
+    write, expected, tolerance = KINDS[name]
     write(tmp_path / name)
     image = datasets.read_image(tmp_path / name)
     assert image.dtype == np.uint8 and image.shape == expected.shape and image.flags.c_contiguous
@@ -193,16 +146,12 @@ def test_every_kind_of_picture_becomes_rgb_uint8(tmp_path, name, kind):
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
 def test_a_picture_is_turned_as_its_exif_says(tmp_path, ending, orientation):
     """All eight orientations, on four quarters of different colour, against Pillow's exif_transpose."""
-    quarters = (
-        np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 240)]], np.uint8)
-        .repeat(16, 0)
-        .repeat(24, 1)
-    )
+    quarters = np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 240)]], np.uint8)
+    quarters = quarters.repeat(16, 0).repeat(24, 1)
     exif, file = Image.Exif(), tmp_path / f"turned.{ending}"
     exif[0x112] = orientation
-    Image.fromarray(quarters).save(
-        file, exif=exif, **({"quality": 95, "subsampling": 0} if ending == "jpg" else {})
-    )
+    options = {"quality": 95, "subsampling": 0} if ending == "jpg" else {}
+    Image.fromarray(quarters).save(file, exif=exif, **options)
     with Image.open(file) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     assert expected.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
@@ -236,9 +185,7 @@ def test_what_is_transparent_is_black_in_every_format(tmp_path, name):
     ]
 
 
-@pytest.mark.parametrize(
-    "bits, ending", [(8, "png"), (10, "png"), (12, "png"), (12, "tif"), (14, "tif"), (16, "png")]
-)
+@pytest.mark.parametrize("bits, ending", [(8, "png"), (10, "png"), (12, "tif"), (14, "tif"), (16, "png")])
 def test_sixteen_bits_are_scaled_by_the_files_own_depth(tmp_path, bits, ending):
     """A microscope's 12 bits in a file of 16 become 256 grey levels, not 16; the pass says which depths it
     found."""
@@ -257,7 +204,7 @@ def test_several_pages_are_counted_aloud(tmp_path, name):
     """A page a channel, say: one note with the number of such files, in the pass and in training."""
     good(tmp_path / "mine")
     for i in range(3):
-        EXACT[name][0](tmp_path / f"mine/B/{i}{name}")
+        KINDS[name][0](tmp_path / f"mine/B/{i}{name}")
     info = check(tmp_path / "mine", tmp_path / "runs")
     assert info["notes"] == [f"3 images hold several pages, of which the first is read, e.g. B/0{name}"]
     assert f"note: {info['notes'][0]}" in datasets.describe(info)
@@ -268,17 +215,8 @@ def test_files_that_are_not_read_are_counted_aloud(tmp_path, monkeypatch, capsys
     one."""
     good(tmp_path / "mine")
     assert check(tmp_path / "mine", tmp_path / "runs")["notes"] == []
-    for name in (
-        "A/1.heic",
-        "A/2.HEIC",
-        "B/deep/3.svs",
-        "B/4.avif",
-        "B/read me.txt",
-        "A/.5.heic",
-        "B/@eaDir/6.heic",
-    ):
-        (tmp_path / "mine" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "mine" / name).touch()
+    names = "A/1.heic A/2.HEIC B/deep/3.svs B/4.avif B/read_me.txt A/.5.heic B/@eaDir/6.heic"
+    put(tmp_path / "mine", names.split())
     note = "5 files left out: 2 *.heic, 1 *.avif, 1 *.svs, 1 *.txt"
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "inspect", None)
@@ -298,28 +236,19 @@ def test_all_types_that_are_read_are_read_by_both_decoders(tmp_path):
 
 
 # ---------------------------------------------------------------- names and folders
-NAMES = [
-    *"plain.jpg UPPER.JPG Mixed.JpEg p.PNG b.Bmp t.TIF t.Tiff".split(),
-    "with space .png",
-    "comma, too.png",
-    'a "quoted" one.png',
-    "it's.png",
-    "#1.png",
-    "new\nline.png",
-    "tab\t.png",
-    "per%20cent.png",
-    "back\\slash.png",
-    "star*[1]?.png",
-    "äöü-細胞.png",
-    "e\u0301.png",
-    "\u00e9.png",
-    "{0}.png",
-    "$HOME.png",
-    "-flag.png",
-    "no text \udcff\udce4.png",
-    "double.jpg.png",
-    " .png",
-]
+NAMES = "plain.jpg UPPER.JPG Mixed.JpEg p.PNG b.Bmp t.TIF t.Tiff it's.png #1.png per%20cent.png".split()
+NAMES += (
+    "back\\slash.png star*[1]?.png äöü-細胞.png e\u0301.png \u00e9.png {0}.png $HOME.png -flag.png".split()
+)
+NAMES += ["with space .png", "comma, too.png", 'a "quoted" one.png', "new\nline.png", "tab\t.png", " .png"]
+NAMES += ["no text \udcff\udce4.png", "double.jpg.png"]
+
+
+def put(folder, names, content=b"x"):
+    """Files of these names and this content below a folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def shade(i):
@@ -353,9 +282,8 @@ def test_files_of_every_name_are_found_and_read(named):
 def test_names_that_are_no_text_are_printed_all_the_same(named, tmp_path, monkeypatch, capsys):
     """The terminal takes UTF-8 alone: what is none comes as an escape. Duplicates across the two classes name
     every file."""
-    monkeypatch.setattr(
-        sys, "argv", ["datasets.py", "--data", str(named[0]), "--runs", str(tmp_path / "runs")]
-    )
+    argv = ["datasets.py", "--data", str(named[0]), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", argv)
     datasets.main()
     out = capsys.readouterr().out
     assert f"exact duplicates {len(NAMES)} groups, {len(NAMES)} of them across classes" in out
@@ -365,32 +293,17 @@ def test_names_that_are_no_text_are_printed_all_the_same(named, tmp_path, monkey
 def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
     """From the folder to predictions.csv and best.pt, all names are those of the disk."""
     root, classes = named
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--data",
-            str(root),
-            "--runs",
-            str(tmp_path / "runs"),
-            *(
-                "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu "
-                "--workers 0 --lr 0.01 --epochs 1"
-            ).split(),
-        ],
-    )
+    options = "--model shufflenet_v2_x0_5 --init random --fold 0 --image-size 32 --device cpu --workers 0"
+    argv = ["train.py", "--data", str(root), "--runs", str(tmp_path / "runs"), *options.split()]
+    monkeypatch.setattr(sys, "argv", [*argv, *"--lr 0.01 --epochs 1".split()])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # as run_main and Python do
     assert not train.main()
     assert "cl\\udce9ß" in capsys.readouterr().out
     folder = tmp_path / "runs/train/shufflenet_v2_x0_5/random/fold0"
     read = [evaluate.read_predictions(folder / name) for name in ("predictions.csv", "val_predictions.csv")]
-    assert (
-        torch.load(folder / "best.pt", weights_only=True)["classes"]
-        == sorted(classes)
-        == sorted(read[0].classes)
-    )
+    assert sorted(classes) == sorted(read[0].classes)
+    assert sorted(classes) == torch.load(folder / "best.pt", weights_only=True)["classes"]
     tested = [path for part in read for path in part.paths]
     assert len(set(tested)) == len(tested) == round(0.36 * 2 * len(NAMES))
     assert all((root / path).is_file() for path in tested)
@@ -399,32 +312,14 @@ def test_training_on_files_of_every_name(named, tmp_path, monkeypatch, capsys):
 def test_what_is_no_cell_is_not_taken_for_one(tmp_path):
     """Hidden files and folders, stray files, empty classes; folders may end like files."""
     keep = ["A/1.png", "A/deeper/still/2.jpg", "A/folder.png/3.png", "B/1.png"]
-    drop = [
-        "A/.hidden.png",
-        "A/._1.png",
-        ".trash/1.png",
-        "A/.thumbs/1.png",
-        "A/Thumbs.db",
-        "A/readme.txt",
-        "B/1.png.part",
-        "B/png",
-        "B/notes.csv",
-        "list.txt",
-        "stray.png",
-        "also stray.JPG",
-        ".DS_Store",
-    ]
-    for name in keep + drop:
-        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / name).write_bytes(b"x")
+    drop = "A/.hidden.png A/._1.png .trash/1.png A/.thumbs/1.png A/Thumbs.db A/readme.txt B/1.png.part B/png"
+    drop += " B/notes.csv list.txt stray.png also_stray.JPG .DS_Store"
+    put(tmp_path / "mine", keep + drop.split())
     for name in ("empty", "hollow/deeper"):
         (tmp_path / "mine" / name).mkdir(parents=True)
     cells = datasets.open_dataset(tmp_path / "mine")
-    assert (
-        cells.paths.tolist() == keep
-        and cells.classes == ["A", "B"]
-        and cells.targets.tolist() == [0, 0, 0, 1]
-    )
+    assert cells.paths.tolist() == keep and cells.classes == ["A", "B"]
+    assert cells.targets.tolist() == [0, 0, 0, 1]
     notes = "\n".join(cells.notes)
     left = "8 files left out: 2 *.txt, 1 ./*.jpg, 1 ./*.png, 1 *.db, 1 *.part, 1 *.csv, 1 without an ending"
     assert len(cells.notes) == 3 and cells.notes[2] == left
@@ -442,10 +337,8 @@ def test_a_tiff_in_which_zero_is_white_is_read_as_what_it_shows(tmp_path):
     """In 16 bits as in 8: tag 262 (PhotometricInterpretation) 0, TIFF 6.0; Pillow turns 8 bits itself on
     writing."""
     shown = np.linspace(20, 230, 64 * 64).reshape(64, 64)
-    for bits, stored in (
-        (8, np.round(shown).astype(np.uint8)),
-        (16, (65535 - np.round(257 * shown)).astype(np.uint16)),
-    ):
+    deep = (65535 - np.round(257 * shown)).astype(np.uint16)
+    for bits, stored in ((8, np.round(shown).astype(np.uint8)), (16, deep)):
         Image.fromarray(stored).save(tmp_path / "white.tif", tiffinfo={262: 0})
         with Image.open(tmp_path / "white.tif") as image:
             assert image.tag_v2[262] == 0
@@ -456,32 +349,17 @@ def test_links_in_a_loop_end_and_give_no_class_the_images_of_another(tmp_path):
     """To the folder itself, the class, the data set, above it; by name and through another folder. A link to
     elsewhere is followed."""
     root = tmp_path / "mine"
-    for label in "AB":
-        (root / label / "in").mkdir(parents=True)
-        (root / label / "in" / "1.png").write_bytes(b"x")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "2.png").write_bytes(b"x")
-    links = {
-        "A/in/self": ".",
-        "A/in/class": "..",
-        "A/in/set": root,
-        "A/in/above": tmp_path,
-        "B/up": "../..",
-        "loop": ".",
-        "B/far": tmp_path / "elsewhere",
-        "A/3.png": "../../elsewhere/2.png",
-        "A/in/round": "../round",
-        "A/round": "in/round",
-    }
+    put(tmp_path, ["mine/A/in/1.png", "mine/B/in/1.png", "elsewhere/2.png"])
+    links = {"A/in/self": ".", "A/in/class": "..", "A/in/set": root, "A/in/above": tmp_path, "B/up": "../.."}
+    links |= {"loop": ".", "B/far": tmp_path / "elsewhere", "A/3.png": "../../elsewhere/2.png"}
+    links |= {"A/in/round": "../round", "A/round": "in/round"}
     for place, target in links.items():
         (root / place).symlink_to(target)
     (tmp_path / "elsewhere/back").symlink_to(root)
     cells = datasets.open_dataset(root)
     assert cells.paths.tolist() == ["A/3.png", "A/in/1.png", "B/far/2.png", "B/in/1.png"]
-    assert cells.notes == [
-        "class folder loop holds no image: left out",
-        "2 files left out: 2 without an ending",
-    ]
+    empty = "class folder loop holds no image: left out"
+    assert cells.notes == [empty, "2 files left out: 2 without an ending"]
     (tmp_path / "linked").symlink_to(root)  # the data set by another name
     assert datasets.open_dataset(tmp_path / "linked").paths.tolist() == cells.paths.tolist()
 
@@ -491,21 +369,10 @@ def test_system_folders_and_our_own_output_are_no_data(tmp_path, without_rights,
     images."""
     folder, context = without_rights
     good(folder / "mine")
-    for name in (
-        "A/@eaDir/good 0.png/SYNOPHOTO_THUMB_M.jpg",
-        "$RECYCLE.BIN/x/1.png",
-        "#recycle/1.png",
-        "lost+found/1.png",
-        "A/Thumbs/1.png",
-        "A/.thumbnails/1.png",
-        "__MACOSX/A/._1.png",
-        "runs/train/resnet18/random/fold0/1.png",
-        "runs/results/1.png",
-        "seen/1.png",
-        "seen/predictions.csv",
-    ):
-        (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "mine" / name).write_bytes(cv2.imencode(".png", shade(1))[1].tobytes())
+    names = "A/@eaDir/good_0.png/SYNOPHOTO_THUMB_M.jpg $RECYCLE.BIN/x/1.png #recycle/1.png lost+found/1.png"
+    names += " A/Thumbs/1.png A/.thumbnails/1.png __MACOSX/A/._1.png seen/1.png seen/predictions.csv"
+    names += " runs/train/resnet18/random/fold0/1.png runs/results/1.png"
+    put(folder / "mine", names.split(), cv2.imencode(".png", shade(1))[1].tobytes())
     (folder / "mine/lost+found").chmod(0)
     with context():
         cells = datasets.open_dataset(folder / "mine")
@@ -531,9 +398,8 @@ def test_runs_beside_the_data_at_the_second_start(tmp_path, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- what cannot be read
-BOMB = png(
-    9500, 9500, 1, 0, bytes(1189 * 9500)
-)  # 11 KB that become 271 MB of RGB; Pillow warns from 89,478,485 pixels on
+# 11 KB that become 271 MB of RGB; Pillow warns from 89,478,485 pixels on
+BOMB = png(9500, 9500, 1, 0, bytes(1189 * 9500))
 
 
 def good(folder, number=6):
@@ -558,9 +424,8 @@ def test_a_file_cut_anywhere_is_found(tmp_path, ending, share):
     content = (tmp_path / f"mine/A/cut.{ending}").read_bytes()
     assert check(tmp_path / "mine", tmp_path / "runs")["unreadable"] == []
     (tmp_path / f"mine/A/cut.{ending}").write_bytes(content[: int(share * len(content))])
-    assert [path for path, _ in check(tmp_path / "mine", tmp_path / "runs")["unreadable"]] == [
-        f"A/cut.{ending}"
-    ]
+    ((path, _),) = check(tmp_path / "mine", tmp_path / "runs")["unreadable"]
+    assert path == f"A/cut.{ending}"
 
 
 def test_damage_that_opencv_bears_is_found(tmp_path):
@@ -580,13 +445,11 @@ def test_pictures_of_too_many_pixels_are_left_out_whichever_thread_meets_them(tm
     """A third of 300 files are bombs, looked at by 8 threads at once; the warnings of the program are as
     before."""
     good(tmp_path / "mine", 200)
-    for i in range(100):
-        (tmp_path / "mine" / "AB"[i % 2] / f"good {2 * i}~.png").write_bytes(BOMB)
+    bombs = [f"{'AB'[i % 2]}/good {2 * i}~.png" for i in range(100)]
+    put(tmp_path / "mine", bombs, BOMB)
     filters = list(warnings.filters)
     info = check(tmp_path / "mine", tmp_path / "runs", workers=8)
-    assert sorted(path for path, _ in info["unreadable"]) == sorted(
-        f"{'AB'[i % 2]}/good {2 * i}~.png" for i in range(100)
-    )
+    assert sorted(path for path, _ in info["unreadable"]) == sorted(bombs)
     assert all("90250000 pixels" in why for _, why in info["unreadable"])
     assert warnings.filters == filters
 
@@ -602,11 +465,8 @@ def test_a_file_that_the_system_does_not_give_is_no_damage(tmp_path, without_rig
     good(folder / "mine")
     (folder / "runs").mkdir(mode=0o777)
     (folder / "runs").chmod(0o777)
-    for target, why in (
-        ("gone.png", "No such file"),
-        ("link.png", "Too many levels"),
-        (None, "Permission denied"),
-    ):
+    reasons = {"gone.png": "No such file", "link.png": "Too many levels", None: "Permission denied"}
+    for target, why in reasons.items():
         file = folder / "mine/A/link.png"
         file.unlink(missing_ok=True)
         file.symlink_to(target) if target else file.touch(mode=0)
@@ -647,9 +507,8 @@ def test_a_class_folder_without_rights_ends_the_run(without_rights):
 def test_files_that_hold_no_picture_are_left_out(tmp_path):
     """A picture of 32-bit numbers and an empty file; a pass that says the same each time."""
     good(tmp_path / "mine")
-    Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32)).save(
-        tmp_path / "mine/B/f.tif"
-    )
+    numbers = np.random.default_rng(0).random((9, 9)).astype(np.float32)
+    Image.fromarray(numbers).save(tmp_path / "mine/B/f.tif")
     (tmp_path / "mine/B/empty.png").touch()
     info = check(tmp_path / "mine", tmp_path / "runs")
     assert [path for path, _ in info["unreadable"]] == ["B/empty.png", "B/f.tif"]
@@ -661,12 +520,9 @@ def test_files_that_hold_no_picture_are_left_out(tmp_path):
 def test_a_class_of_which_nothing_can_be_read_ends_the_run(tmp_path):
     """Git LFS's pointers in place of pictures: two classes are needed after reading, not before."""
     good(tmp_path / "mine")
-    for i in range(4):
-        (tmp_path / "mine/C").mkdir(exist_ok=True)
-        (tmp_path / f"mine/C/{i}.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(
-        SystemExit, match=r"^[^\n]*none of the 4 images of class C can be read, e.g. C/0.jpg[^\n]*$"
-    ):
+    put(tmp_path / "mine", [f"C/{i}.jpg" for i in range(4)], b"version https://git-lfs.github.com/spec/v1\n")
+    message = r"^[^\n]*none of the 4 images of class C can be read, e.g. C/0.jpg[^\n]*$"
+    with pytest.raises(SystemExit, match=message):
         check(tmp_path / "mine", tmp_path / "runs")
     assert not (tmp_path / "runs/data/mine.json").exists()
     PICTURE.save(tmp_path / "mine/C/0.jpg")
@@ -683,9 +539,8 @@ def test_training_names_what_it_leaves_out(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [f"broken {i}.png cannot be read" in line for i, line in zip(range(5), said)] == [True] * 5
     assert len(said) == 6 and "7 unreadable images" in said[5] and "mine.json; remove it to look" in said[5]
-    kept = [f"A/good {i}.png" for i in (0, 10, 12, 2, 4, 6, 8)] + [
-        f"B/good {i}.png" for i in (1, 11, 3, 5, 7, 9)
-    ]
+    numbers = (0, 10, 12, 2, 4, 6, 8, 1, 11, 3, 5, 7, 9)
+    kept = [f"{'AB'[i % 2]}/good {i}.png" for i in numbers]
     assert cells.paths.tolist() == kept and cells.targets.tolist() == [0] * 7 + [1] * 6
     assert all(np.array_equal(cells[i], shade(int(path[7:-4]))) for i, path in enumerate(kept))
 
@@ -693,7 +548,7 @@ def test_training_names_what_it_leaves_out(tmp_path, capsys):
 def test_names_that_are_almost_the_same_are_named(tmp_path):
     """Folders that differ in case and blanks, files in two Unicode forms: two classes and two images, but
     said."""
-    for name in (
+    names = [
         "HSIL/1.png",
         "hsil/1.png",
         "h sil /1.png",
@@ -701,9 +556,8 @@ def test_names_that_are_almost_the_same_are_named(tmp_path):
         "B/\u00e9.png",
         "B/E.png",
         "B/e.png",
-    ):
-        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / name).write_bytes(b"x")
+    ]
+    put(tmp_path / "mine", names)
     cells = datasets.open_dataset(tmp_path / "mine")
     assert len(cells.classes) == 4 and len(cells) == 7
     assert cells.notes == [
