@@ -427,7 +427,7 @@ def test_a_further_augmentation_may_draw_as_it_likes(monkeypatch):
     were."""
     plain, cells = datasets.augment, memory(8)
 
-    def brighter(image, size, rng, crop=True):
+    def brighter(image, size, rng, crop=True, colour=0.0):
         shift = rng.integers(1, 20, size=rng.integers(1, 5)).sum() if image[0, 0, 0] > 100 else 0
         return np.minimum(plain(image, size, rng, crop), 255 - shift) + np.uint8(shift)
 
