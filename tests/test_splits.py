@@ -140,8 +140,8 @@ def test_a_class_keeps_its_draw_when_other_classes_come_or_go():
     turn)."""
     alone = splits.make_splits(np.repeat([0, 2], [9, 50]))[9:]
     beside = splits.make_splits(np.repeat([0, 1, 2], [9, 33, 50]))[42:]
-    ours, theirs = ({frozenset(np.flatnonzero(c)) for c in (p == "test").T} for p in (alone, beside))
-    assert ours == theirs
+    ours = {frozenset(np.flatnonzero(column == "test")) for column in alone.T}
+    assert ours == {frozenset(np.flatnonzero(column == "test")) for column in beside.T}
 
 
 def test_the_order_in_which_a_file_system_lists_files_changes_nothing(tmp_path, command):
