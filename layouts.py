@@ -383,7 +383,10 @@ def open_hdf5(file, process):
     """An HDF5 file, opened once in each process, since handles don't survive a fork."""
     import h5py
 
-    return h5py.File(file, "r", locking=False)  # a lock that a file system may not have, or another program
+    try:
+        return h5py.File(file, "r")
+    except OSError:  # reading needs no lock, which a file system may not have, or another program
+        return h5py.File(file, "r", locking=False)
 
 
 def read_patch(folder, path):

@@ -11,6 +11,7 @@ fields: of synthetic smears.
 """
 
 import argparse
+import itertools
 import csv
 import functools
 import multiprocessing
@@ -171,7 +172,7 @@ def score(planted, found, side=SIDE):
     lines = []
     area, shorter = rectangle.prod(1) / side**2, rectangle.min(1)
     for what, values, edges in (("area", area, AREAS), ("shorter side", shorter, SIDES)):
-        for low, high in zip(edges, edges[1:]):
+        for low, high in itertools.pairwise(edges):
             inside = (values >= low) & (values < high)
             if inside.any():
                 lines.append(f"{what} {low:g} to {high:g}: {found_at[inside].mean():.4f} of {inside.sum()}")

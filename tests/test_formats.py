@@ -633,15 +633,17 @@ def test_a_patch_that_is_damaged_is_left_out(tmp_path):
 
 def test_patches_on_a_mount_that_is_read_only_or_has_no_locks(tmp_path, monkeypatch):
     """HDF5's own lock is refused, as on such mounts: everything is read all the same."""
-    patches, plain = write_pcam(tmp_path / "pcam"), h5py.File
+    patches, plain, refused = write_pcam(tmp_path / "pcam"), h5py.File, []
 
     def without_locks(name, mode="r", locking=None, **options):
         if locking is not False:
+            refused.append(name)
             raise BlockingIOError(11, "unable to lock file, errno = 11, error message = 'No locks available'")
         return plain(name, mode, locking=locking, **options)
 
     monkeypatch.setattr(h5py, "File", without_locks)
     assert_patches(datasets.open_dataset(tmp_path / "pcam"), patches)
+    assert refused
 
 
 def test_a_file_system_without_locks_is_said_once_by_the_files_name(tmp_path, monkeypatch, capsys):

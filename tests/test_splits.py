@@ -140,8 +140,8 @@ def test_a_class_keeps_its_draw_when_other_classes_come_or_go():
     turn)."""
     alone = splits.make_splits(np.repeat([0, 2], [9, 50]))[9:]
     beside = splits.make_splits(np.repeat([0, 1, 2], [9, 33, 50]))[42:]
-    ours, theirs = ({frozenset(np.flatnonzero(c)) for c in (p == "test").T} for p in (alone, beside))
-    assert ours == theirs
+    ours = {frozenset(np.flatnonzero(column == "test")) for column in alone.T}
+    assert ours == {frozenset(np.flatnonzero(column == "test")) for column in beside.T}
 
 
 def test_the_order_in_which_a_file_system_lists_files_changes_nothing(tmp_path, command):
@@ -273,10 +273,9 @@ def read_parts(file):
 def test_several_sources_of_groups_are_joined(tmp_path, command):
     """Patients by a regular expression and overlaps by a CSV: scipy's connected components of both, none of
     them torn."""
-    rng = np.random.default_rng(0)
     names = [f"{label}/p{i // 4}_{i}.png" for label in "AB" for i in range(100)]
     write_tree(tmp_path / "data", names)
-    piece = np.concatenate([np.arange(100) // 2, rng.integers(50, 60, 100)])
+    piece = np.arange(200) // 2 % 90
     file = write_csv(tmp_path / "groups.csv", [("path", "group"), *zip(names, piece)])
     patient = [name.split("/p")[1].split("_")[0] for name in names]
     ends = np.concatenate([200 + piece, 300 + np.unique(patient, return_inverse=True)[1]])
