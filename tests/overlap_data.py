@@ -13,6 +13,7 @@ fields: of synthetic smears.
 import argparse
 import csv
 import functools
+import itertools
 import multiprocessing
 import pathlib
 import sys
@@ -117,6 +118,10 @@ def draw_fields(rng, number):
 
 def stitch(rng, number, cells, across=4):
     """Yield pictures of across x across images of cells, uint8 RGB [1000,1000,3]; each is in one of them."""
+    if number * across**2 > len(cells):
+        raise SystemExit(
+            f"{cells.root}: {len(cells)} images are enough for {len(cells) // across**2} pictures"
+        )
     order = rng.permutation(len(cells))[: number * across**2].reshape(number, -1)
     for picture in order:
         tiles = [cv2.resize(cells[int(index)], (SIDE, SIDE)) for index in picture]
@@ -171,7 +176,7 @@ def score(planted, found, side=SIDE):
     lines = []
     area, shorter = rectangle.prod(1) / side**2, rectangle.min(1)
     for what, values, edges in (("area", area, AREAS), ("shorter side", shorter, SIDES)):
-        for low, high in zip(edges, edges[1:]):
+        for low, high in itertools.pairwise(edges):
             inside = (values >= low) & (values < high)
             if inside.any():
                 lines.append(f"{what} {low:g} to {high:g}: {found_at[inside].mean():.4f} of {inside.sum()}")
