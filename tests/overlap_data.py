@@ -14,6 +14,7 @@ import argparse
 import itertools
 import csv
 import functools
+import itertools
 import multiprocessing
 import pathlib
 import sys
@@ -118,6 +119,10 @@ def draw_fields(rng, number):
 
 def stitch(rng, number, cells, across=4):
     """Yield pictures of across x across images of cells, uint8 RGB [1000,1000,3]; each is in one of them."""
+    if number * across**2 > len(cells):
+        raise SystemExit(
+            f"{cells.root}: {len(cells)} images are enough for {len(cells) // across**2} pictures"
+        )
     order = rng.permutation(len(cells))[: number * across**2].reshape(number, -1)
     for picture in order:
         tiles = [cv2.resize(cells[int(index)], (SIDE, SIDE)) for index in picture]
