@@ -567,7 +567,7 @@ def main():
     parser.add_argument("--data", nargs="+", default=["data/bm"], help="folders, patterns or tables")
     parser.add_argument("--runs", default="runs", help="folder that keeps the result, as data/<name>.json")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # folders may have any name
     for folder in args.data:
         cells = open_dataset(folder)
         try:

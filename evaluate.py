@@ -601,7 +601,7 @@ def prepare_terminal():
     """Ctrl-C and `| head` end a script without a traceback; what the terminal can't show is escaped."""
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Windows has no SIGPIPE
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
 
 
 def main():

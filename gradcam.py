@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--data", help="default: where the run found it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     device = find_device(parser, args.device)
     if args.count < 1:
         parser.error(f"--count {args.count}: at least 1")

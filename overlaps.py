@@ -323,7 +323,7 @@ def main():
     args = parser.parse_args()
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):  # Ctrl-C, kill and | head end it at once
         signal.signal(name, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # folders may have any name
     cells = datasets.open_dataset(args.data)
     info = datasets.check_dataset(cells, args.runs)
     unreadable = [path for path, _ in info["unreadable"]]

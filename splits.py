@@ -293,7 +293,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", nargs="+", help="CSVs of path,group, or regular expressions for paths")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # folders may have any name
     from datasets import open_dataset  # the functions above do without
 
     cells = open_dataset(args.data)
