@@ -11,7 +11,6 @@ fields: of synthetic smears.
 """
 
 import argparse
-import itertools
 import csv
 import functools
 import itertools
