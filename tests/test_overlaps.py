@@ -147,6 +147,7 @@ class Pictures(list):
     root = "memory"
 
 
+@pytest.mark.long
 def test_candidates_of_smooth_look_alikes_grow_linearly():
     rng = np.random.default_rng(3)
     pictures = [draw_smear(rng) for _ in range(600)]
