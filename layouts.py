@@ -71,7 +71,7 @@ def make_cells(root, name, rows, notes=()):
     labels = {row["class"] for row in rows.values()}
     classes = sorted(labels, key=BM_CLASSES.index) if labels <= {*BM_CLASSES} else sorted(labels)
     if len(classes) < 2:
-        what = "; ".join([f"{len(classes)} class(es) with images {classes or ''}", *notes])
+        what = "; ".join([f"{len(classes)} class(es) with images {classes}", *notes])
         raise SystemExit(f"{root}: {what}; at least 2 are needed: unpacked, one folder a class")
     number = {label: i for i, label in enumerate(classes)}
     paths = sorted(rows, key=lambda path: (number[rows[path]["class"]], path))

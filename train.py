@@ -206,7 +206,8 @@ def run(folder, shared, cells, info, parts, *, model, init, weights, fold, lr, f
         net = make_net(fold)
         options |= {"mean": info["mean"], "std": info["std"]}
         options["memory_format"] = choose_memory_format(net, options)
-        settings |= {"weights": file and digest(pathlib.Path(file))}
+        if "weights" not in settings:
+            settings["weights"] = digest(pathlib.Path(file))
         settings |= {key: options[key] for key in ("amp", "memory_format")}
         settings["lr"] = lr = from_rank_0(find_rate) if lr == "auto" else lr
         check_settings(folder, settings)
