@@ -42,7 +42,8 @@ def layer_for(net, images):
     """models.cam_layer(net) and its places along a side, or the last stage's that has LEAST_GRID of them."""
     layer, sides = models.cam_layer(net), {}
     if models.cam_reshape(net):
-        return layer, net.image_size // net.patch_size
+        theirs = getattr(net, "patch_embed", None)  # timm's
+        return layer, theirs.grid_size[0] if theirs else net.image_size // net.patch_size
 
     def keep(module, inputs, output):
         if torch.is_tensor(output) and output.ndim == 4 and output.shape[2] == output.shape[3]:

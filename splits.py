@@ -235,7 +235,19 @@ def open_split(file, cells, unreadable=()):
     if len(missing := cells.paths[rows < 0]):
         what = f"{len(missing)} images of {cells.root} are not in it: left out, e.g. {missing[0]}"
         print(f"{file}: {what}", file=sys.stderr)
-    return cells.subset(rows >= 0), parts[rows[rows >= 0]]
+    cells, parts = cells.subset(rows >= 0), parts[rows[rows >= 0]]
+    official = cells.parts is not None and ((parts == "test") == (cells.parts == "test")[:, None]).all()
+    if cells.parts is not None and not official:
+        print(f"{file}: not the official split of {cells.source}", file=sys.stderr)
+    if cells.groups is not None:
+        leaks = sum(count_leaks(parts, group_images(cells.groups)))
+        text = (
+            f"{leaks or 'no'} test images share one of {len(set(cells.groups))} groups with a training image"
+        )
+        if leaks and not official:
+            raise SystemExit(f"{file}: {text}; remove it to split anew, or name another folder with --runs")
+        print(f"{file}: {text}")
+    return cells, parts
 
 
 def read_twins(runs, name, paths):
@@ -247,6 +259,12 @@ def read_twins(runs, name, paths):
     if (runs / "data" / f"{name}.json").exists():
         twins["are copies of"] = json.loads((runs / "data" / f"{name}.json").read_bytes())["duplicates"]
     return {kind: [[place[path] for path in some if path in place] for some in twins[kind]] for kind in twins}
+
+
+def group_images(groups):
+    """[indices of the images of each group], of groups str [N]."""
+    order, sizes = np.argsort(groups), np.unique(groups, return_counts=True)[1]
+    return np.split(order, np.cumsum(sizes)[:-1])
 
 
 def count_leaks(parts, groups):
@@ -272,10 +290,10 @@ def describe(targets, classes, parts, groups, twins):
     if scarce:
         lines.append(f"too few images or groups to be in every part of every fold: {', '.join(scarce)}")
     if groups is not None:
-        order, sizes = np.argsort(groups), np.unique(groups, return_counts=True)[1]
-        twins = {"share a group with": np.split(order, np.cumsum(sizes)[:-1])} | twins
-        hint = "" if sizes.max() > 1 else "; does the regular expression take the image's number?"
-        lines.append(f"{len(sizes):,} groups, the largest of {sizes.max():,} images{hint}")
+        twins = {"share a group with": group_images(groups)} | twins
+        most = max(map(len, twins["share a group with"]))
+        hint = "" if most > 1 else "; does the regular expression take the image's number?"
+        lines.append(f"{len(twins['share a group with']):,} groups, the largest of {most:,} images{hint}")
     for kind, found in twins.items():
         lines.append(f"test images that {kind} a training image, by fold: {count_leaks(parts, found)}")
     return "\n".join(lines)

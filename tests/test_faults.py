@@ -362,10 +362,22 @@ def test_killed_at_one_write_after_the_other(starter, undisturbed, tmp_path):
     assert_same(tmp_path, undisturbed())
 
 
-def test_another_optimizer_and_schedule_resume_exactly(starter, undisturbed, tmp_path):
-    """AdamW's two moments and step counts, and the place on the cosine, are in last.pt."""
-    more = "--optimizer adamw --schedule cosine"
-    starter.train(tmp_path, more, before=DIE_AFTER.format(name="log.csv", n=1))
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param("--optimizer adamw --schedule cosine", marks=pytest.mark.long),
+        pytest.param("--smoothing 0.1", marks=pytest.mark.long),
+        pytest.param("--colour 0.1", marks=pytest.mark.long),
+        "--optimizer adamw --schedule cosine --smoothing 0.1 --colour 0.1",
+        "--freeze",
+    ],
+)
+def test_each_strategy_resumes_exactly(starter, undisturbed, tmp_path, more):
+    """AdamW's two moments and step counts, the place on the cosine, a frozen network's one layer."""
+    prepare(tmp_path, undisturbed(more))
+    for n in (1, 30):  # after the first epoch; in the middle of the next
+        before = DIE_AFTER.format(name="log.csv", n=1) if n == 1 else DIE_AT_IMAGE.format(n=n)
+        starter.train(tmp_path, more, before=before)
     assert len(read_log(fold_of(tmp_path))) == 1
     starter.train(tmp_path, more)
     assert_same(tmp_path, undisturbed(more))

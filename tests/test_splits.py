@@ -434,6 +434,7 @@ def test_official_parts_are_the_one_fold(tmp_path, capsys):
     published = splits.make_splits(cells.targets, folds=3)
     splits.write_splits(tmp_path / "other.csv", cells.paths, np.array(["A", "B"])[cells.targets], published)
     assert (splits.open_split(tmp_path / "other.csv", cells)[1] == published).all()
+    assert "not the official split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -491,6 +492,27 @@ def test_training_uses_a_published_split_as_it_stands(tmp_path):
     cells, parts = splits.open_split(tmp_path / "split.csv", datasets.open_dataset(tmp_path / "data"), set())
     assert {path: tuple(row) for path, row in zip(cells.paths.tolist(), parts.tolist())} == published
     assert (tmp_path / "split.csv").read_bytes() == before
+
+
+def test_training_refuses_a_split_that_tears_the_groups_of_its_images(tmp_path, capsys):
+    """It was made before they were named; parts that were published so are trained on, and counted aloud."""
+    groups, file = np.repeat(np.arange(20), 4), tmp_path / "split.csv"
+    cells = official(tmp_path, ["train"] * 80)
+    cells.parts = None
+    splits.open_split(file, cells)
+    cells = official(tmp_path, ["train"] * 38 + ["test"] * 42, groups)
+    published, cells.parts = cells.parts, None
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match="share one of 20 groups with a training image; remove it"):
+        splits.open_split(file, cells)
+    assert file.read_bytes() == before
+    file.unlink()
+    capsys.readouterr()
+    splits.open_split(file, cells)
+    assert "no test images share one of 20 groups" in capsys.readouterr().out
+    cells.parts = published
+    splits.open_split(tmp_path / "official.csv", cells)
+    assert "2 test images share one of 20 groups" in capsys.readouterr().out
 
 
 def test_groups_that_no_path_names_end_in_one_line(tmp_path, command):
