@@ -56,9 +56,8 @@ def check_name(name, weights=None):
 def check_forward(name, image_size, batch_size):
     """ValueError if the network cannot train on so many images of image_size pixels; computes nothing."""
     try:
-        with torch.device("meta"):
-            net = build_model(name, 2, None, image_size).train()
-            net(torch.empty(batch_size, 3, image_size, image_size))
+        net = build_model(name, 2, None, image_size).to("meta").train()
+        net(torch.empty(batch_size, 3, image_size, image_size, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
         what = f"{name} cannot be trained with {batch_size} images of {image_size} pixels"
         raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None

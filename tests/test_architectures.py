@@ -140,6 +140,7 @@ def test_any_other_torchvision_model(name):
     models.cam_layer(net).register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         assert net(torch.randn(1, 3, size, size)).shape == (1, 5)
+    models.check_forward(name, size, 2)
     _, channels, height, width = seen[0].shape
     assert channels > height == width > 1
 
@@ -163,3 +164,8 @@ def test_what_a_network_cannot_train_on_is_said_before_anything_is_read():
         ):
             models.check_forward(*args)
     models.check_forward("resnet18", 64, 1)  # 2 x 2 places, so four values
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_the_papers_networks_train_on_its_images(name):
+    models.check_forward(name, 224, 32)
