@@ -166,6 +166,12 @@ def test_what_a_network_cannot_train_on_is_said_before_anything_is_read():
     models.check_forward("resnet18", 64, 1)  # 2 x 2 places, so four values
 
 
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("regnet_y_32gf", "resnet152") else pytest.param(name, marks=pytest.mark.long)
+        for name in models.ARCHITECTURES
+    ],
+)
 def test_the_papers_networks_train_on_its_images(name):
     models.check_forward(name, 224, 32)

@@ -202,6 +202,7 @@ def test_names_that_matplotlib_would_read_as_formulas_or_lines_are_written_as_th
     assert not any(text.get_parse_math() for text in texts)
 
 
+@pytest.mark.long
 def test_300_classes_have_a_picture_of_the_largest_size():
     """Without numbers, and every sixth class named; at 21 classes' scale it would be 130 inches wide."""
     classes = [f"class {i}, a name that goes on and on and on" for i in range(300)]

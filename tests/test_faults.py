@@ -318,6 +318,7 @@ def test_killed_in_epochs_validation_and_prediction(starter, undisturbed, tmp_pa
     assert_same(tmp_path, reference, model)
 
 
+@pytest.mark.long
 def test_killed_while_predictions_are_made(starter, undisturbed, tmp_path):
     """A kill during the predictions costs no epoch, and none of them stands there half written."""
     reference, run = undisturbed(), fold_of(tmp_path)
@@ -349,6 +350,7 @@ def test_killed_between_the_files_of_an_epoch(starter, undisturbed, tmp_path):
     assert_same(tmp_path, reference)
 
 
+@pytest.mark.long
 def test_killed_at_one_write_after_the_other(starter, undisturbed, tmp_path):
     """Killed at the 4th, 5th, ... sync, renaming or removal of each new start, until it comes through."""
     prepare(tmp_path, undisturbed())
@@ -616,7 +618,7 @@ def test_other_settings_are_refused(starter, undisturbed, tmp_path):
 
     before, split = state(), (tmp_path / "split.csv").read_text()
     changed = "seed 1|epochs 4|batch_size 4|lr 0.02|image_size 64|stop_lr 0.5|amp bf16"
-    changed += "|memory_format contiguous|optimizer adamw|schedule cosine|split"
+    changed += "|memory_format contiguous|optimizer adamw|schedule cosine|smoothing 0.1|colour 0.1|split"
     for key, *value in map(str.split, changed.split("|")):
         if key == "split":
             other = re.sub(r"(?m)^([^,]+,[^,]+),train,", r"\1,val,", split, count=1)
@@ -707,6 +709,7 @@ cv2.imencode = kill
 """
 
 
+@pytest.mark.long
 def test_cropping_killed_and_done_twice_at_once(starter, demo, tmp_path):
     """Two processes at once make one set of crops, a killed one begins anew: equal to an undisturbed one."""
 

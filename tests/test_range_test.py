@@ -208,6 +208,7 @@ def same_rate(runs, others):
     return all(one.read_bytes() == other.read_bytes() for one, other in pairs)
 
 
+@pytest.mark.long
 def test_it_is_done_once_on_fold_0_whichever_fold_comes_first(measured, train_py, tmp_path):
     """Fold 1 first: fold 0 measures nothing anew; where fold 0 came first are the same curve and rate."""
     written = (place(measured / "now") / "lr_range.csv").stat().st_mtime_ns
