@@ -283,11 +283,7 @@ def main():
     parser.add_argument("--images", type=pathlib.Path, help="folder of new images, or one image")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     parser.add_argument("--map", help="CSV: name of an images' folder, class of ours")
-    parser.add_argument(
-        "--prior",
-        default="uniform",
-        help="of the classes: uniform, as in training; train, as its images; or a CSV",
-    )
+    parser.add_argument("--prior", default="uniform", help="uniform (as trained), train or a CSV")
     parser.add_argument("--tta", action="store_true", help="mean of the eight flips and quarter turns")
     parser.add_argument("--no-heatmaps", action="store_true")
     parser.add_argument("--model", help="with --init and --tta: the finished folds of a run")

@@ -445,13 +445,8 @@ def main():
     except ValueError as error:
         raise SystemExit(f"{error}; put the file back that the runs were made with") from None
     results, said = args.out or args.runs / "results", "no fold is finished yet"
-    values = {
-        "runs": args.runs,
-        "data": shlex.quote(str(args.data)),
-        "study": study,
-        "shown": None,
-        "config": {},
-    }
+    values = {"runs": args.runs, "data": shlex.quote(str(args.data))}
+    values |= {"study": study, "shown": None, "config": {}}
     values["made"] = time.strftime("%d %B %Y, %H:%M")
     if study.runs:
         table4 = evaluate.table4_rows(study)
